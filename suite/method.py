@@ -1,0 +1,309 @@
+"""The two protocols that a quantization method is, the plain data they exchange, and the registry of methods.
+
+A `Method` sees the whole model once and returns one local rule per decoder layer; a `LayerMethod` sees one layer,
+read-only, and returns the tensors that it wants changed. Nothing here writes a model: `suite.walk.commit` does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from suite.errors import PTQError, unknown
+from suite.grid import Grid, QuantSpec, Scheme
+
+# ---------------------------------------------------------------------------------------------- plain data
+
+
+@dataclass(frozen=True)
+class Site:
+    """Linears of one decoder layer that read the same input.
+
+    name:    "qkv", "o", "gate_up", "down": the field's word, and the key of the site's statistics.
+    linears: names inside the layer, in execution order, e.g. ("self_attn.q_proj", "self_attn.k_proj", ...).
+    feeder:  the module whose output they read, where it can absorb a per-channel scale, else None.
+    scope:   the module at whose output AWQ measures the loss of this site: attention, MLP, or the linear itself.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    feeder: str | None
+    scope: str
+
+
+@dataclass(frozen=True)
+class LinearQuant:
+    """The declared grid of one linear: `grid` of its weight (None: left in 16 bit), `act` of its input (None: not rounded)."""
+
+    grid: Grid | None
+    act: QuantSpec | None = None
+
+    @property
+    def bits(self) -> int:
+        return self.grid.spec.bits if self.grid else 16
+
+
+@dataclass(frozen=True, eq=False)
+class LayerEdit:
+    """What a method wants changed in one layer. Plain data: it can be scored, compared, saved, thrown away.
+
+    params:  parameter name inside the layer -> replacement of the same shape and type; the weight of a quantized linear
+             is already rounded to its grid.
+    linears: linear name -> its declared grid. A name missing here is a linear that this edit leaves unquantized.
+    note:    JSON for the record: losses, the chosen method, every fallback taken.
+    """
+
+    params: Mapping[str, Tensor] = field(default_factory=dict)
+    linears: Mapping[str, LinearQuant] = field(default_factory=dict)
+    note: Mapping[str, Any] = field(default_factory=dict)
+
+    def __or__(self, later: LayerEdit) -> LayerEdit:
+        """Both edits; where both change the same thing, `later` wins."""
+        return LayerEdit({**self.params, **later.params}, {**self.linears, **later.linears}, {**self.note, **later.note})
+
+
+# ---------------------------------------------------------------------------------------------- protocols
+
+
+class LayerView(Protocol):
+    """One decoder layer and the calibration data that reaches it. Read-only; its tensors are shared between methods.
+
+    Letters: n sequences, t tokens each, d hidden width.
+    """
+
+    index: int
+    sites: Sequence[Site]
+
+    @property
+    def reference(self) -> Tensor:
+        """(n, t, d) output of this layer in the unquantized model. Only for rules with `needs_reference = True`."""
+
+    def weight(self, name: str) -> Tensor:
+        """(out, in) weight of a linear, or (d,) of a norm, as this view has it."""
+
+    def bias(self, name: str) -> Tensor | None:
+        """(out,) bias of a linear, or None."""
+
+    def stat(self, kind: str, site: Site) -> Tensor:
+        """A statistic of the site's input over all calibration tokens, float32: "gram" (in, in) = X'X / tokens,
+        "absmax" (in,), "absmean" (in,). The first call makes one pass that fills every kind and site; later calls are
+        free."""
+
+    def scope_outputs(self, site: Site, params: Mapping[str, Tensor]) -> Tensor:
+        """Output of the site's scope on a fixed sample of the calibration tokens, with `params` (names inside the
+        layer) in place of the layer's own and no activation rounding."""
+
+    def outputs(self) -> Tensor:
+        """(n, t, d) output of the layer on the calibration inputs, activation rounding included; memoised."""
+
+    def after(self, edit: LayerEdit) -> LayerView:
+        """The same layer with `edit` applied, statistics not yet computed. The original is untouched."""
+
+
+class LayerMethod(Protocol):
+    def quantize(self, layer: LayerView) -> LayerEdit:
+        """The edit that quantizes every linear of every site."""
+
+
+class Transform(Protocol):
+    """What some methods do before they round: a change of the weights that leaves the layer's function as it is."""
+
+    def transform(self, layer: LayerView) -> LayerEdit:
+        """The function-preserving edit; `linears` is empty."""
+
+
+class Method(Protocol):
+    """An entry of the benchmark: a frozen dataclass of hyper-parameters, all with defaults, one of them `scheme`."""
+
+    scheme: Scheme
+
+    def plan(self, model: nn.Module, calib: Any) -> Sequence[LayerMethod]:
+        """One local rule per unit of `block` consecutive decoder layers (attribute, 1 where it is missing).
+        May rewrite the model in place (rotation) provided its outputs stay the same; may read it through `walk`."""
+
+
+class Uniform:
+    """The plan of a method that treats all layers alike: itself, for each."""
+
+    def plan(self, model: nn.Module, calib: Any) -> Sequence[LayerMethod]:
+        return [self] * model.config.num_hidden_layers
+
+
+# ---------------------------------------------------------------------------------------------- registry
+
+_BUILTIN = {
+    "fp16": "baselines.fp16:FP16",
+    "rtn": "baselines.rtn:RTN",
+    "gptq": "baselines.gptq:GPTQ",
+    "awq": "baselines.awq:AWQ",
+    "smoothquant": "baselines.smoothquant:SmoothQuant",
+    "cka-hybrid": "suite.select:Hybrid",
+}
+ENTRY_POINTS = "ptq_suite.methods"
+SCHEME_OPTIONS = tuple(Scheme().options)
+
+
+def names() -> list[str]:
+    """Every registered method: the built-in ones, and those of installed packages."""
+    return sorted({*_BUILTIN, *_installed()})
+
+
+def compositions() -> list[str]:
+    """The transform+rounding names that the built-in methods allow, e.g. "awq+gptq"."""
+    return [f"{t}+gptq" for t in names() if hasattr(lookup(t), "transform")]
+
+
+def _installed() -> dict[str, importlib.metadata.EntryPoint]:
+    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+def lookup(name: str) -> type:
+    """The dataclass of a method by its name. Raises PTQError for an unknown name."""
+    if name in _BUILTIN:
+        module, attribute = _BUILTIN[name].split(":")
+        return getattr(importlib.import_module(module), attribute)
+    installed = _installed()
+    if name in installed:
+        return installed[name].load()
+    raise unknown("method", name, names())
+
+
+@dataclass(frozen=True)
+class Composed(Uniform):
+    """A transform followed by another method's rounding: "awq+gptq" scales like AWQ, then rounds like GPTQ."""
+
+    transformer: Any
+    rounding: Any
+
+    @property
+    def scheme(self) -> Scheme:
+        return self.rounding.scheme
+
+    def quantize(self, layer: LayerView) -> LayerEdit:
+        step = self.transformer.transform(layer)
+        return step | self.rounding.quantize(layer.after(step))
+
+
+def options_of(name: str) -> dict[str, Any]:
+    """The options of a method with their defaults, the scheme's words in place of `scheme`.
+
+    >>> options_of("rtn")["wbits"]
+    4
+    """
+    if "+" in name:
+        return {k: v for part in name.split("+") for k, v in options_of(part).items()}
+    found: dict[str, Any] = {}
+    for f in dataclasses.fields(lookup(name)):
+        default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        found.update(default.options if f.name == "scheme" else {f.name: default})
+    return found
+
+
+def build(name: str, **options: Any) -> Any:
+    """A configured method from its name and flat options, as the command line and the harness give them.
+
+    Values may be strings ("0.01", "true", "gptq|awq"); they are converted to the type of the option's default.
+    All mistakes are reported at once.
+
+    Raises PTQError: unknown method, unknown option (with near misses), a value of the wrong kind, bits out of range.
+
+    >>> build("gptq", wbits=3, damp="0.05").damp
+    0.05
+    """
+    if "+" in name:
+        return _compose(name, options)
+    cls, allowed = lookup(name), options_of(name)
+    mistakes = [str(unknown(f"option of {name}", key, allowed)) for key in options if key not in allowed]
+    values: dict[str, Any] = {}
+    hints = typing.get_type_hints(cls)
+    for key, value in options.items():
+        if key in allowed:
+            try:
+                values[key] = _convert(value, bool if key == "symmetric" else int if key in SCHEME_OPTIONS else hints[key])
+            except ValueError as error:
+                mistakes.append(f"option {key} of {name}: {error}")
+    if mistakes:
+        raise PTQError("; ".join(mistakes))
+    default = Scheme() if name != "fp16" else lookup(name)().scheme
+    scheme = Scheme.of(**{**default.options, **{k: values.pop(k) for k in SCHEME_OPTIONS if k in values}})
+    return cls(scheme=scheme, **values)
+
+
+def _compose(name: str, options: Mapping[str, Any]) -> Composed:
+    first, *rest = name.split("+")
+    if len(rest) != 1:
+        raise PTQError(f"composition {name!r} has {len(rest) + 1} parts: a composition is TRANSFORM+ROUNDING, e.g. awq+gptq")
+    if not hasattr(lookup(first), "transform"):
+        transforms = [n for n in names() if hasattr(lookup(n), "transform")]
+        raise PTQError(f"composition {name!r}: {first} has no transform; the first part must be one of {', '.join(transforms)}")
+    if not hasattr(lookup(rest[0]), "quantize"):
+        raise PTQError(f"composition {name!r}: {rest[0]} decides for the whole model and cannot round a single layer")
+    allowed = {part: options_of(part) for part in (first, rest[0])}
+    stray = [str(unknown(f"option of {name}", k, options_of(name))) for k in options if not any(k in a for a in allowed.values())]
+    if stray:
+        raise PTQError("; ".join(stray))
+    parts = [build(part, **{k: v for k, v in options.items() if k in allowed[part]}) for part in (first, rest[0])]
+    return Composed(*parts)
+
+
+def _convert(value: Any, hint: Any) -> Any:
+    """A value as its type hint says; strings are parsed. Raises ValueError with the value found and the kind allowed."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None or (isinstance(value, str) and value.lower() == "none"):
+            return None
+        return _convert(value, next(a for a in arguments if a is not type(None)))
+    if origin is tuple:
+        parts = re.split(r"[|,]", value) if isinstance(value, str) else value
+        return tuple(_convert(part, arguments[0]) for part in parts if part != "")
+    if hint is bool:
+        if isinstance(value, str) and value.lower() in ("true", "yes", "1", "false", "no", "0"):
+            return value.lower() in ("true", "yes", "1")
+        if not isinstance(value, (bool, int)) or value not in (0, 1):
+            raise ValueError(f"{value!r} found, allowed are true and false")
+        return bool(value)
+    if hint in (int, float):
+        try:
+            number = hint(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{value!r} found, allowed is {'a whole number' if hint is int else 'a number'}") from None
+        if hint is int and isinstance(value, float) and value != number:
+            raise ValueError(f"{value!r} found, allowed is a whole number")
+        return number
+    return hint(value) if hint is str else value
+
+
+def to_config(method: Any) -> dict:
+    """JSON from which `from_config` rebuilds an equal method: {"method": name, "options": {...}}."""
+    if isinstance(method, Composed):
+        return {"method": name_of(method), "parts": [to_config(method.transformer), to_config(method.rounding)]}
+    options: dict[str, Any] = {}
+    for f in dataclasses.fields(method):
+        value = getattr(method, f.name)
+        options.update(value.options if f.name == "scheme" else {f.name: list(value) if isinstance(value, tuple) else value})
+    return {"method": name_of(method), "options": options}
+
+
+def from_config(config: Mapping[str, Any]) -> Any:
+    if "parts" in config:
+        return Composed(*(from_config(part) for part in config["parts"]))
+    return build(config["method"], **config["options"])
+
+
+def name_of(method: Any) -> str:
+    """The registered name of a configured method."""
+    if isinstance(method, Composed):
+        return f"{name_of(method.transformer)}+{name_of(method.rounding)}"
+    for name in names():
+        if type(method) is lookup(name):
+            return name
+    raise PTQError(f"{type(method).__name__} is not a registered method: registered are {', '.join(names())}")
