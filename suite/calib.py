@@ -1,0 +1,124 @@
+"""Calibration data: a seeded set of token windows, identified by a hash."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from suite.errors import PTQError, unknown
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """The tokens every method of a comparison sees.
+
+    tokens (n, t) int64; source: the name they came from; digest: sha256 of the tokens, the identity in records;
+    text_digest: sha256 of the text they were cut from, by which a run on the evaluated text is recognised.
+    """
+
+    tokens: Tensor
+    source: str
+    digest: str
+    text_digest: str
+    seed: int
+
+    @property
+    def identity(self) -> dict:
+        n, t = self.tokens.shape
+        return {"source": self.source, "digest": self.digest, "nsamples": n, "seqlen": t, "seed": self.seed}
+
+    def batches(self, tokens_per_batch: int = 8192) -> list[slice]:
+        """Slices over the sequences, about `tokens_per_batch` tokens each."""
+        n, t = self.tokens.shape
+        step = max(1, tokens_per_batch // t)
+        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+
+
+def from_tokens(tokens: Tensor, source: str = "given", seed: int = 0, text: str = "") -> Calibration:
+    """A calibration set from token windows (n, t)."""
+    digest = hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.long().numpy().tobytes()).hexdigest()
+    return Calibration(tokens.long(), source, digest, text_digest(text), seed)
+
+
+def text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def windows(ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
+    """`nsamples` random windows of `seqlen` tokens, as the GPTQ code draws them (with replacement): (n, t).
+
+    Raises PTQError if the text is shorter than one window.
+    """
+    if len(ids) < seqlen:
+        raise PTQError(f"calibration text has {len(ids)} tokens, fewer than one sequence of {seqlen}: "
+                       f"give more text or a smaller --seqlen")
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(ids) - seqlen + 1, (nsamples,), generator=generator)
+    return torch.stack([ids[s:s + seqlen] for s in starts.tolist()])
+
+
+def load(source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: int = 0) -> Calibration:
+    """Calibration windows from the embedded text ("embedded"), a local text file, or a hub set ("wikitext2", "c4", "pile").
+
+    The text is tokenized once and cut into random windows.
+
+    Raises PTQError: unknown source, missing or empty file, text shorter than a window, no hub reachable.
+    """
+    for name, value in (("nsamples", nsamples), ("seqlen", seqlen)):
+        if value < 1:
+            raise PTQError(f"{name} is {value}: allowed are whole numbers from 1")
+    text = read_text(source)
+    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
+    return from_tokens(windows(ids, nsamples, seqlen, seed), source, seed, text)
+
+
+def read_text(source: str) -> str:
+    """The text behind a calibration source. Raises PTQError as `load` does."""
+    if source == EMBEDDED:
+        from suite import zoo
+
+        return Path(zoo.calib_text()).read_text(encoding="utf-8")
+    if source in HUB_SETS:
+        return HUB_SETS[source]()
+    path = Path(source)
+    if not path.exists():
+        if "/" in source or "." in source:
+            raise PTQError(f"calibration text {source!r} does not exist: give a text file, or one of "
+                           f"{', '.join([EMBEDDED, *HUB_SETS])}")
+        raise unknown("calibration source", source, [EMBEDDED, *HUB_SETS, "a path to a text file"])
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PTQError(f"calibration text {source!r} cannot be read as UTF-8 text: {error}") from None
+    if not text.strip():
+        raise PTQError(f"calibration text {source!r} is empty: give a file with text")
+    return text
+
+
+def _hub(path: str, config: str | None, split: str, field: str, join: str, rows: int | None = None, **options) -> Callable[[], str]:
+    def fetch() -> str:
+        import datasets
+
+        try:
+            data = datasets.load_dataset(path, config, split=split, **options)
+        except Exception as error:  # the client raises dozens of kinds; all mean that the set is not to be had
+            raise PTQError(f"calibration set {path!r} cannot be loaded from the hub ({type(error).__name__}): "
+                           f"check the connection, or pass --calib {EMBEDDED} or a text file") from None
+        return join.join(data[field][:rows] if rows else data[field])
+
+    return fetch
+
+
+HUB_SETS: dict[str, Callable[[], str]] = {
+    "wikitext2": _hub("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "text", "\n\n"),
+    "c4": _hub("allenai/c4", None, "train", "text", "\n\n", 20_000,
+               data_files={"train": "en/c4-train.00000-of-01024.json.gz"}),
+    "pile": _hub("mit-han-lab/pile-val-backup", None, "validation", "text", "\n\n", 20_000),
+}

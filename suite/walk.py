@@ -1,0 +1,534 @@
+"""The walk through the decoder layers: the only code that hooks, runs or writes a model.
+
+`walk` yields one view per unit of consecutive layers; `commit` applies an edit; `quantize_model` joins them with a
+method's plan. Everything is lazy: a method that asks for nothing (round-to-nearest) causes no calibration pass at all.
+
+Letters: n sequences, t tokens each, d hidden width.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from suite import arch
+from suite.calib import Calibration
+from suite.cka import CKA
+from suite.errors import PTQError
+from suite.linear import QuantLinear, RoundedLinear, TokenRounding
+from suite.method import LayerEdit, LinearQuant, Site
+
+SAMPLE_TOKENS = 2048  # tokens on which `scope_outputs` runs; AWQ's own search uses a sample of this order
+
+
+class LayerView:
+    """One decoder layer and the calibration data that reaches it; see `suite.method.LayerView` for the contract."""
+
+    layers_spanned = 1
+
+    def __init__(self, index: int, layer: nn.Module, sites: Sequence[Site], kwargs: Mapping[str, Any], batches: list[slice],
+                 inputs: Callable[[], Tensor], reference: Callable[[], Tensor], edit: LayerEdit | None = None):
+        self.index, self.sites, self._layer, self._kwargs, self._batches = index, tuple(sites), layer, kwargs, batches
+        self._inputs, self._reference, self._edit = inputs, reference, edit or LayerEdit()
+        self._original = dict(layer.named_parameters())
+        self._outputs: Tensor | None = None
+        self._stats: dict[tuple[str, str], Tensor] = {}
+        self._scope_calls: dict[str, tuple[tuple, dict]] = {}
+        self._children: dict[int, tuple[LayerEdit, LayerView]] = {}
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def reference(self) -> Tensor:
+        return self._reference()
+
+    def weight(self, name: str) -> Tensor:
+        return self._parameter(f"{name}.weight").detach()
+
+    def bias(self, name: str) -> Tensor | None:
+        key = f"{name}.bias"
+        return self._parameter(key).detach() if key in self._original else None
+
+    def _parameter(self, key: str) -> Tensor:
+        return self._edit.params[key] if key in self._edit.params else self._original[key]
+
+    def inputs(self) -> Tensor:
+        """(n, t, d) hidden states that enter the layer."""
+        return self._inputs()
+
+    # ------------------------------------------------------------------ running
+
+    @torch.no_grad()
+    def outputs(self) -> Tensor:
+        if self._outputs is None:
+            hidden = self.inputs()
+            out = torch.empty_like(hidden)
+            with self._rounding():
+                for batch in self._batches:
+                    out[batch] = self._run(hidden[batch])
+            self._outputs = out
+        return self._outputs
+
+    def stat(self, kind: str, site: Site) -> Tensor:
+        if (kind, site.name) not in self._stats:
+            if kind not in ("gram", "absmax", "absmean"):
+                raise ValueError(f"no statistic {kind!r}: there are gram, absmax, absmean")
+            self._gather()
+        return self._stats[kind, site.name]
+
+    @torch.no_grad()
+    def _gather(self) -> None:
+        """One pass over the calibration tokens that fills every statistic of every site, and the sample for AWQ's scopes."""
+        hidden, tokens = self.inputs(), 0
+        handles = [self._layer.get_submodule(site.linears[0]).register_forward_pre_hook(self._collect(site))
+                   for site in self.sites]
+        sampled = self._batches[0].stop - self._batches[0].start
+        try:
+            with self._rounding(), contextlib.ExitStack() as sampling:
+                for site in self.sites:
+                    sampling.enter_context(self._recorded(site))
+                for k, batch in enumerate(self._batches):
+                    self._run(hidden[batch])
+                    tokens += hidden[batch].shape[0] * hidden.shape[1]
+                    if k == 0:
+                        sampling.close()
+        finally:
+            for handle in handles:
+                handle.remove()
+        for site in self.sites:
+            for kind in ("gram", "absmean"):
+                self._stats[kind, site.name] /= tokens
+        keep = max(1, min(sampled, SAMPLE_TOKENS // hidden.shape[1]))
+        self._scope_calls = {name: (tuple(_head(a, keep, sampled) for a in args), {k: _head(a, keep, sampled) for k, a in kw.items()})
+                             for name, (args, kw) in self._scope_calls.items()}
+
+    def _collect(self, site: Site) -> Callable:
+        def hook(_, args):
+            x = args[0].reshape(-1, args[0].shape[-1]).float()  # (tokens, in)
+            magnitude = x.abs()
+            for kind, value in (("gram", x.T @ x), ("absmean", magnitude.sum(0))):
+                key = (kind, site.name)
+                self._stats[key] = self._stats[key].add_(value) if key in self._stats else value
+            largest, key = magnitude.amax(0), ("absmax", site.name)
+            self._stats[key] = torch.maximum(self._stats[key], largest) if key in self._stats else largest
+
+        return hook
+
+    @contextlib.contextmanager
+    def _recorded(self, site: Site):
+        """Keeps the arguments of the site's scope, as the layer itself calls it."""
+        def hook(_, args, kwargs):
+            self._scope_calls[site.scope] = (args, kwargs)
+
+        handle = self._layer.get_submodule(site.scope).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    @torch.no_grad()
+    def scope_outputs(self, site: Site, params: Mapping[str, Tensor]) -> Tensor:
+        if site.scope not in self._scope_calls:
+            self._gather()
+        args, kwargs = self._scope_calls[site.scope]
+        prefix = site.scope + "."
+        names = [key for key in self._original if key.startswith(prefix)]
+        merged = {key[len(prefix):]: params[key] if key in params else self._parameter(key) for key in names}
+        out = functional_call(self._layer.get_submodule(site.scope), merged, args, kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    def _run(self, hidden: Tensor) -> Tensor:
+        out = functional_call(self._layer, dict(self._edit.params), (hidden,), dict(self._kwargs))
+        return out[0] if isinstance(out, tuple) else out
+
+    @contextlib.contextmanager
+    def _rounding(self):
+        """Activation rounding of the linears that this view has quantized."""
+        handles = []
+        for site in self.sites:
+            shared: dict[Any, TokenRounding] = {}
+            for name in site.linears:
+                act = self._edit.linears[name].act if name in self._edit.linears else None
+                if act is not None:
+                    rounding = shared.setdefault(act, TokenRounding(act))
+                    handles.append(self._layer.get_submodule(name).register_forward_pre_hook(
+                        lambda _, args, rounding=rounding: (rounding(args[0]), *args[1:])))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # ------------------------------------------------------------------ variations
+
+    def after(self, edit: LayerEdit) -> LayerView:
+        if id(edit) not in self._children:
+            child = LayerView(self.index, self._layer, self.sites, self._kwargs, self._batches, self._inputs,
+                              self._reference, self._edit | edit)
+            self._children[id(edit)] = (edit, child)
+        return self._children[id(edit)][1]
+
+    def forget(self, edit: LayerEdit) -> None:
+        """Frees the outputs of a variation that is no longer of interest."""
+        self._children.pop(id(edit), None)
+
+    def fed_by(self, inputs: Callable[[], Tensor]) -> LayerView:
+        """The same layer with other inputs."""
+        return LayerView(self.index, self._layer, self.sites, self._kwargs, self._batches, inputs, self._reference, self._edit)
+
+    def settled(self, edit: LayerEdit) -> Callable[[], Tensor]:
+        """The outputs after `edit` was written: those already computed, else what the written layer will put out."""
+        child = self.after(edit)
+        written = child if child._outputs is not None else LayerView(
+            self.index, self._layer, self.sites, self._kwargs, self._batches, self._inputs, self._reference)
+        return _Once(written.outputs)
+
+    def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
+        """The edit of one rule per layer spanned: here one."""
+        (rule,) = rules
+        return rule.quantize(self)
+
+    def parts(self, edit: LayerEdit) -> list[tuple[LayerView, LayerEdit]]:
+        """Each layer spanned, with its share of an edit."""
+        return [(self, edit)]
+
+
+class BlockView:
+    """k consecutive layers seen as one: the same contract, with the position in the block before every name ("0.mlp...")."""
+
+    def __init__(self, layers: Sequence[LayerView]):
+        chained = [layers[0]]
+        for layer in layers[1:]:
+            chained.append(layer.fed_by(chained[-1].outputs))
+        self._set(chained)
+
+    def _set(self, layers: Sequence[LayerView]) -> None:
+        self.layers, self.index, self.layers_spanned = list(layers), layers[0].index, len(layers)
+        self._children: dict[int, tuple[LayerEdit, BlockView]] = {}
+        self.sites = tuple(Site(f"{j}.{s.name}", tuple(f"{j}.{n}" for n in s.linears),
+                                f"{j}.{s.feeder}" if s.feeder else None, f"{j}.{s.scope}")
+                           for j, layer in enumerate(layers) for s in layer.sites)
+
+    @classmethod
+    def _of(cls, layers: Sequence[LayerView]) -> BlockView:
+        view = cls.__new__(cls)
+        view._set(layers)
+        return view
+
+    def _at(self, name: str) -> tuple[LayerView, str]:
+        j, inner = name.split(".", 1)
+        return self.layers[int(j)], inner
+
+    def _site(self, site: Site) -> tuple[LayerView, Site]:
+        layer, name = self._at(site.name)
+        return layer, next(s for s in layer.sites if s.name == name)
+
+    @property
+    def reference(self) -> Tensor:
+        return self.layers[-1].reference
+
+    def inputs(self) -> Tensor:
+        return self.layers[0].inputs()
+
+    def weight(self, name: str) -> Tensor:
+        layer, name = self._at(name)
+        return layer.weight(name)
+
+    def bias(self, name: str) -> Tensor | None:
+        layer, name = self._at(name)
+        return layer.bias(name)
+
+    def stat(self, kind: str, site: Site) -> Tensor:
+        layer, site = self._site(site)
+        return layer.stat(kind, site)
+
+    def scope_outputs(self, site: Site, params: Mapping[str, Tensor]) -> Tensor:
+        layer, inner = self._site(site)
+        return layer.scope_outputs(inner, {k.split(".", 1)[1]: v for k, v in params.items()})
+
+    def outputs(self) -> Tensor:
+        return self.layers[-1].outputs()
+
+    def after(self, edit: LayerEdit) -> BlockView:
+        if id(edit) not in self._children:
+            layers, feed = [], self.layers[0].inputs
+            for layer, part in self.parts(edit):
+                layers.append(layer.fed_by(feed).after(part))
+                feed = layers[-1].outputs
+            self._children[id(edit)] = (edit, self._of(layers))
+        return self._children[id(edit)][1]
+
+    def forget(self, edit: LayerEdit) -> None:
+        self._children.pop(id(edit), None)
+
+    def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
+        """The edit of one rule per layer, each layer fed by the quantized ones before it."""
+        edits, layers, feed = [], [], self.layers[0].inputs
+        for layer, rule in zip(self.layers, rules, strict=True):
+            layer = layer.fed_by(feed)
+            edits.append(rule.quantize(layer))
+            layers.append(layer.after(edits[-1]))
+            feed = layers[-1].outputs
+        whole = LayerEdit({f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.params.items()},
+                          {f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.linears.items()},
+                          {"layers": [dict(e.note) for e in edits]})
+        self._children[id(whole)] = (whole, self._of(layers))  # its outputs are there already
+        return whole
+
+    def settled(self, edit: LayerEdit) -> Callable[[], Tensor]:
+        last = self.after(edit).layers[-1]
+        if last._outputs is not None:
+            return _Once(last.outputs)
+        feed = self.layers[0].inputs
+        for layer, _ in self.parts(edit):
+            feed = layer.fed_by(feed).settled(LayerEdit())
+        return feed
+
+    def parts(self, edit: LayerEdit) -> list[tuple[LayerView, LayerEdit]]:
+        notes = edit.note.get("layers", [{}] * len(self.layers))
+        shared = {k: v for k, v in edit.note.items() if k != "layers"}
+        out = []
+        for j, layer in enumerate(self.layers):
+            cut = f"{j}."
+            out.append((layer, LayerEdit({k[len(cut):]: v for k, v in edit.params.items() if k.startswith(cut)},
+                                         {k[len(cut):]: v for k, v in edit.linears.items() if k.startswith(cut)},
+                                         {**notes[j], **shared})))
+        return out
+
+
+# ---------------------------------------------------------------------------------------------- the walk
+
+
+@torch.no_grad()
+def layer_kwargs(model: nn.Module, tokens: Tensor) -> list[dict[str, Any]]:
+    """The keyword arguments that the model passes to each decoder layer for one sequence (1, t).
+
+    Captured for every layer, since masks and rotary inputs may differ between layers; they broadcast over sequences.
+    Raises PTQError if the layers are not fed by the embedding alone.
+    """
+    calls: list[tuple[tuple, dict]] = []
+
+    def hook(_, args, kwargs):
+        calls.append((args, dict(kwargs)))
+
+    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in arch.layers(model)]
+    try:
+        model(tokens[:1], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
+    if not torch.equal(first, arch.embedding(model)(tokens[:1])):
+        raise PTQError(f"{model.config.model_type!r} changes the embeddings before the first decoder layer: not supported")
+    return [{k: v for k, v in kwargs.items() if k != "hidden_states"} for _, kwargs in calls]
+
+
+def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference: bool = False,
+         inputs: str = "quantized") -> Iterator[Any]:
+    """Yields a view of each unit of `block` consecutive decoder layers, first to last.
+
+    inputs: "quantized": what the layers as committed so far put out; "full": what the unquantized model puts out.
+    reference: keep the unquantized model's hidden states, for views whose `reference` is read.
+
+    Raises PTQError for an unknown input policy or a block size below 1; a view raises it when calibration data is
+    needed and `calib` is None.
+    """
+    if inputs not in ("quantized", "full"):
+        raise PTQError(f"input policy {inputs!r}: allowed are 'quantized' and 'full'")
+    layers, sites = list(arch.layers(model)), arch.sites(model)
+    if block < 1:
+        raise PTQError(f"block is {block}: allowed are 1 to {len(layers)}")
+    device = arch.embedding(model).weight.device
+    kwargs = _Once(lambda: layer_kwargs(model, _tokens(calib, device)))
+    embedded = _Once(lambda: arch.embedding(model)(_tokens(calib, device)).detach())
+    batches = calib.batches() if calib is not None else []
+    keep_reference = reference or inputs == "full"
+
+    quantized_feed, full_feed = embedded, embedded
+    for start in range(0, len(layers), block):
+        views = []
+        for i in range(start, min(start + block, len(layers))):
+            full = LayerView(i, layers[i], sites, _Lazy(kwargs, i), batches, full_feed, _no_reference)
+            output = _Once(full.outputs) if keep_reference else _no_reference
+            feed = full_feed if inputs == "full" else quantized_feed
+            views.append(LayerView(i, layers[i], sites, _Lazy(kwargs, i), batches, feed, output))
+            full_feed = output
+        view = views[0] if block == 1 else BlockView(views)
+        if keep_reference:
+            views[-1].reference  # now, while the layer is unquantized
+        yield view
+        quantized_feed = getattr(view, "committed", None) or _Once(view.outputs)
+        del views, view  # with them go the statistics and the candidates' outputs
+
+
+class _Once:
+    """A value computed at the first call."""
+
+    def __init__(self, compute: Callable[[], Any]):
+        self._compute, self._value = compute, None
+
+    def __call__(self):
+        if self._compute is not None:
+            self._value, self._compute = self._compute(), None
+        return self._value
+
+
+class _Lazy(Mapping):
+    """The keyword arguments of layer i, captured when first looked at."""
+
+    def __init__(self, all_kwargs: _Once, index: int):
+        self._all, self._index = all_kwargs, index
+
+    def __getitem__(self, key):
+        return self._all()[self._index][key]
+
+    def __iter__(self):
+        return iter(self._all()[self._index])
+
+    def __len__(self):
+        return len(self._all()[self._index])
+
+
+def _tokens(calib: Calibration | None, device: torch.device) -> Tensor:
+    if calib is None:
+        raise PTQError("this method needs calibration data: pass --calib embedded, a text file, or a set")
+    return calib.tokens.to(device)
+
+
+def _no_reference() -> Tensor:
+    raise RuntimeError("the unquantized outputs were not kept: set needs_reference = True on the rule that reads them")
+
+
+def _head(value: Any, keep: int, n: int) -> Any:
+    """The first `keep` sequences of whatever runs over the n sequences of a batch."""
+    return value[:keep] if isinstance(value, Tensor) and value.dim() > 1 and value.shape[0] == n else value
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def commit(model: nn.Module, view: Any, edit: LayerEdit) -> None:
+    """Writes an edit into the model: the only writer.
+
+    A quantized linear is replaced by one that holds its codes and scales; other parameters are replaced by new ones.
+    Raises PTQError, before anything is written, for an edit that breaks the protocol.
+    """
+    parts = view.parts(edit)
+    for layer_view, part in parts:
+        _check(layer_view, part)
+    view.after(edit)  # while the layer is still the original
+    for layer_view, part in parts:
+        layer = arch.layers(model)[layer_view.index]
+        for key, value in part.params.items():
+            module, _, attribute = key.rpartition(".")
+            old = getattr(layer.get_submodule(module), attribute)
+            setattr(layer.get_submodule(module), attribute, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
+        for site in layer_view.sites:
+            shared: dict[Any, TokenRounding] = {}
+            for name in site.linears:
+                _replace(layer, name, part.linears[name], shared)
+    view.committed = view.settled(edit)
+
+
+def _replace(layer: nn.Module, name: str, quant: LinearQuant, shared: dict[Any, TokenRounding]) -> None:
+    linear = layer.get_submodule(name)
+    if quant.grid is None and quant.act is None:
+        return
+    rounding = shared.setdefault(quant.act, TokenRounding(quant.act))
+    new = (RoundedLinear(linear, rounding) if quant.grid is None
+           else QuantLinear.of(linear.weight.detach(), quant.grid, linear.bias, rounding))
+    parent, _, attribute = name.rpartition(".")
+    setattr(layer.get_submodule(parent), attribute, new.train(linear.training))
+
+
+def _check(view: LayerView, edit: LayerEdit) -> None:
+    where = f"layer {view.index}"
+    wanted = {name for site in view.sites for name in site.linears}
+    if wanted != set(edit.linears):
+        missing, extra = sorted(wanted - set(edit.linears)), sorted(set(edit.linears) - wanted)
+        raise PTQError(f"{where}: the edit must declare every linear of every site"
+                       + (f"; missing: {', '.join(missing)}" if missing else "")
+                       + (f"; unknown: {', '.join(extra)}" if extra else ""))
+    for key, value in edit.params.items():
+        if key not in view._original:
+            raise PTQError(f"{where}: the edit changes {key!r}, which the layer does not have: "
+                           f"it has {', '.join(sorted(view._original))}")
+        old = view._original[key]
+        if value.shape != old.shape or value.dtype != old.dtype:
+            raise PTQError(f"{where}: {key} became {tuple(value.shape)} {value.dtype}, must stay {tuple(old.shape)} {old.dtype}")
+        if not torch.isfinite(value).all():
+            raise PTQError(f"{where}: {key} has values that are not finite after quantization")
+
+
+# ---------------------------------------------------------------------------------------------- whole model
+
+
+def quantize_model(method: Any, model: nn.Module, calib: Calibration | None, progress: Callable[[int, int, str], None] | None = None,
+                   diagnostics: bool = False, inputs: str = "quantized") -> list[dict[str, Any]]:
+    """Quantizes a model in place by a method's plan; returns one record per decoder layer.
+
+    calib may be None for a method that asks for no statistics. progress(done, total, text) is called after each layer.
+    diagnostics: also compare each quantized layer's output with the unquantized model's (1 - CKA, relative MSE).
+
+    A record: {"layer", "seconds", "bits" (effective, scales counted), "weights" (how many), "errors" (with diagnostics),
+    and the note of the method's edit}.
+
+    Raises PTQError for a plan or an edit that breaks the protocol, and whatever the method raises for bad data.
+    """
+    block = getattr(method, "block", 1)
+    total = len(arch.layers(model))
+    _check_groups(method, model)
+    was_training = model.training
+    model.eval()
+    try:
+        start = time.perf_counter()
+        rules = method.plan(model, calib)
+        planning = time.perf_counter() - start
+        if len(rules) != -(-total // block):
+            raise PTQError(f"the plan has {len(rules)} rules, the model {total} layers in units of {block}: "
+                           f"{-(-total // block)} rules expected")
+        reference = diagnostics or any(getattr(rule, "needs_reference", False) for rule in rules)
+        reference = reference and calib is not None
+        records: list[dict[str, Any]] = []
+        for view, rule in zip(walk(model, calib, block, reference, inputs), rules):
+            start = time.perf_counter()
+            edit = rule.quantize(view)
+            commit(model, view, edit)
+            seconds = time.perf_counter() - start + (planning if not records else 0.0)
+            records += _records(view, edit, seconds, diagnostics and calib is not None)
+            if progress:
+                progress(len(records), total, str(edit.note.get("chosen", "")))
+        return records
+    finally:
+        model.train(was_training)
+
+
+def _check_groups(method: Any, model: nn.Module) -> None:
+    """A group size that divides no width is found before any work, not at the layer that has it."""
+    layer = arch.layers(model)[0]
+    for site in arch.sites(model):
+        for name in site.linears:
+            if method.scheme.weight.quantized:
+                method.scheme.weight.groups(layer.get_submodule(name).weight.shape[1], name)
+
+
+def _records(view: Any, edit: LayerEdit, seconds: float, diagnostics: bool) -> list[dict[str, Any]]:
+    records = []
+    for layer_view, part in view.parts(edit):
+        counts = {name: layer_view._original[f"{name}.weight"] for name in part.linears}
+        weights = sum(w.numel() for w in counts.values())
+        bits = sum(w.numel() * (q.grid.spec.effective_bits(w.shape[1]) if (q := part.linears[name]).grid else 16.0)
+                   for name, w in counts.items())
+        records.append({"layer": layer_view.index, "seconds": seconds / view.layers_spanned, "weights": weights,
+                        "bits": bits / weights, **part.note})
+    if diagnostics:
+        out, reference = view.committed(), view.reference
+        difference = (out - reference).double().pow(2).sum() / reference.double().pow(2).sum()
+        records[-1]["errors"] = {"cka": CKA(reference).distance(out), "mse": float(difference)}
+    return records
