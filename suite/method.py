@@ -10,6 +10,7 @@ import dataclasses
 import importlib
 import importlib.metadata
 import re
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -138,6 +139,26 @@ class Uniform:
         return [self] * model.config.num_hidden_layers
 
 
+@dataclass(frozen=True)
+class Native:
+    """A method's own published setting, where it departs from the matched one: the module constant `NATIVE` of its file.
+
+    options: options that differ from the defaults (bits stay as asked for); nsamples x seqlen tokens of `source`;
+    inputs: "quantized" or "full", see `suite.walk.walk`.
+    """
+
+    options: Mapping[str, Any] = field(default_factory=dict)
+    nsamples: int = 128
+    seqlen: int = 2048
+    source: str = "wikitext2"
+    inputs: str = "quantized"
+
+
+def native(name: str) -> Native:
+    """The published setting of a method; that of a composition is its rounding's. Methods without one: the matched one."""
+    return getattr(sys.modules[lookup(name.split("+")[-1]).__module__], "NATIVE", Native())
+
+
 # ---------------------------------------------------------------------------------------------- registry
 
 _BUILTIN = {
@@ -233,8 +254,7 @@ def build(name: str, **options: Any) -> Any:
                 mistakes.append(f"option {key} of {name}: {error}")
     if mistakes:
         raise PTQError("; ".join(mistakes))
-    default = Scheme() if name != "fp16" else lookup(name)().scheme
-    scheme = Scheme.of(**{**default.options, **{k: values.pop(k) for k in SCHEME_OPTIONS if k in values}})
+    scheme = Scheme.of(**{**cls().scheme.options, **{k: values.pop(k) for k in SCHEME_OPTIONS if k in values}})
     return cls(scheme=scheme, **values)
 
 

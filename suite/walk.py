@@ -40,7 +40,7 @@ class LayerView:
         self._outputs: Tensor | None = None
         self._stats: dict[tuple[str, str], Tensor] = {}
         self._scope_calls: dict[str, tuple[tuple, dict]] = {}
-        self._children: dict[int, tuple[LayerEdit, LayerView]] = {}
+        self._children: dict[tuple[int, int], tuple[LayerEdit, LayerView]] = {}
 
     # ------------------------------------------------------------------ reading
 
@@ -168,15 +168,15 @@ class LayerView:
     # ------------------------------------------------------------------ variations
 
     def after(self, edit: LayerEdit) -> LayerView:
-        if id(edit) not in self._children:
+        if _key(edit) not in self._children:
             child = LayerView(self.index, self._layer, self.sites, self._kwargs, self._batches, self._inputs,
                               self._reference, self._edit | edit)
-            self._children[id(edit)] = (edit, child)
-        return self._children[id(edit)][1]
+            self._children[_key(edit)] = (edit, child)
+        return self._children[_key(edit)][1]
 
     def forget(self, edit: LayerEdit) -> None:
         """Frees the outputs of a variation that is no longer of interest."""
-        self._children.pop(id(edit), None)
+        self._children.pop(_key(edit), None)
 
     def fed_by(self, inputs: Callable[[], Tensor]) -> LayerView:
         """The same layer with other inputs."""
@@ -210,7 +210,7 @@ class BlockView:
 
     def _set(self, layers: Sequence[LayerView]) -> None:
         self.layers, self.index, self.layers_spanned = list(layers), layers[0].index, len(layers)
-        self._children: dict[int, tuple[LayerEdit, BlockView]] = {}
+        self._children: dict[tuple[int, int], tuple[LayerEdit, BlockView]] = {}
         self.sites = tuple(Site(f"{j}.{s.name}", tuple(f"{j}.{n}" for n in s.linears),
                                 f"{j}.{s.feeder}" if s.feeder else None, f"{j}.{s.scope}")
                            for j, layer in enumerate(layers) for s in layer.sites)
@@ -256,16 +256,16 @@ class BlockView:
         return self.layers[-1].outputs()
 
     def after(self, edit: LayerEdit) -> BlockView:
-        if id(edit) not in self._children:
+        if _key(edit) not in self._children:
             layers, feed = [], self.layers[0].inputs
             for layer, part in self.parts(edit):
                 layers.append(layer.fed_by(feed).after(part))
                 feed = layers[-1].outputs
-            self._children[id(edit)] = (edit, self._of(layers))
-        return self._children[id(edit)][1]
+            self._children[_key(edit)] = (edit, self._of(layers))
+        return self._children[_key(edit)][1]
 
     def forget(self, edit: LayerEdit) -> None:
-        self._children.pop(id(edit), None)
+        self._children.pop(_key(edit), None)
 
     def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
         """The edit of one rule per layer, each layer fed by the quantized ones before it."""
@@ -278,7 +278,7 @@ class BlockView:
         whole = LayerEdit({f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.params.items()},
                           {f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.linears.items()},
                           {"layers": [dict(e.note) for e in edits]})
-        self._children[id(whole)] = (whole, self._of(layers))  # its outputs are there already
+        self._children[_key(whole)] = (whole, self._of(layers))  # its outputs are there already
         return whole
 
     def settled(self, edit: LayerEdit) -> Callable[[], Tensor]:
@@ -365,6 +365,11 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
         yield view
         quantized_feed = getattr(view, "committed", None) or _Once(view.outputs)
         del views, view  # with them go the statistics and the candidates' outputs
+
+
+def _key(edit: LayerEdit) -> tuple[int, int]:
+    """What decides the outputs of an edit: a note added to it changes nothing. The memo keeps both mappings alive."""
+    return id(edit.params), id(edit.linears)
 
 
 class _Once:

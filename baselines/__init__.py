@@ -1,0 +1,1 @@
+"""The quantization methods, one file each; `suite.method` finds them by name."""
