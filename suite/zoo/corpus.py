@@ -1,0 +1,136 @@
+"""The training text: an endless seeded stream of documents in six kinds, and the files cut from its two sides.
+
+`documents(seed)` yields only training items; `test_items(kind, count, seed)` only held-out ones (see `world.held_out`).
+`python -m suite.zoo.corpus` rewrites the committed files: tasks/data/* and suite/zoo/data/calib.txt. The calibration text is
+drawn from the training side, so it shares no document with any test file.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from suite.zoo import articles, chatter, code, events, exams, sums
+from suite.zoo.world import World, build, draw, held_out
+
+SEEDS = {"train": 1, "test": 2, "calib": 3, "tokenizer": 4}
+TASKS = Path(__file__).resolve().parents[2] / "tasks" / "data"
+CALIB = Path(__file__).resolve().parent / "data" / "calib.txt"
+CALIB_CHARACTERS = 560_000
+PLAIN_CHARACTERS = 150_000
+
+
+def article(world: World, rng: random.Random) -> str:
+    return draw(articles.sample, world, rng, test=False).text
+
+
+def thread(world: World, rng: random.Random) -> str:
+    return draw(chatter.sample, world, rng, test=False).text
+
+
+def problem(world: World, rng: random.Random) -> str:
+    return draw(sums.sample, world, rng, test=False).text
+
+
+def drill(world: World, rng: random.Random) -> str:
+    return sums.drill(rng)
+
+
+def event(world: World, rng: random.Random) -> str:
+    return "\n\n".join(draw(events.sample, world, rng, test=False).text for _ in range(rng.randint(1, 3)))
+
+
+def exam(world: World, rng: random.Random) -> str:
+    return exams.paper(world, rng, rng.randint(1, 5), lambda q: not q.new_form and not held_out(q.kind, q.key))
+
+
+def function(world: World, rng: random.Random) -> str:
+    item = draw(code.sample, world, rng, test=False)
+    return item.with_test if rng.random() < 0.25 else item.text
+
+
+# What a document is drawn from, and how many of every hundred documents.
+MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (
+    (article, 32), (thread, 13), (problem, 27), (drill, 5), (event, 10), (exam, 17), (function, 8))
+
+
+def documents(seed: int) -> Iterator[str]:
+    """Training documents without end. The same seed gives the same documents."""
+    world, rng = build(), random.Random(seed)
+    makers, weights = zip(*MIX)
+    while True:
+        yield rng.choices(makers, weights)[0](world, rng)
+
+
+def test_items(sample: Callable, count: int, seed: int = SEEDS["test"], keep: Callable = lambda item: True) -> list:
+    """`count` different held-out items."""
+    world, rng = build(), random.Random(seed)
+    items: dict[str, object] = {}
+    while len(items) < count:
+        item = draw(sample, world, rng, test=True)
+        if keep(item):
+            items.setdefault(item.text, item)
+    return list(items.values())
+
+
+def plain_text(sample: Callable, characters: int) -> str:
+    """Held-out documents joined by blank lines, about as many characters as asked for."""
+    texts, total = [], 0
+    for item in test_items(sample, 2000):
+        texts.append(item.text)
+        total += len(item.text)
+        if total > characters:
+            break
+    return "\n\n".join(texts) + "\n"
+
+
+def quiz_items(count: int) -> list[exams.Question]:
+    """Held-out questions, half of them with a (fact, form) pair that no training exam asks."""
+    half = count // 2
+    known = test_items(exams.sample, half, keep=lambda q: not q.new_form)
+    new = test_items(exams.sample, count - half, seed=SEEDS["test"] + 100, keep=lambda q: q.new_form)
+    return [q for pair in zip(known, new) for q in pair]
+
+
+def calib_text() -> str:
+    stream, texts, total = documents(SEEDS["calib"]), [], 0
+    while total < CALIB_CHARACTERS:
+        texts.append(next(stream))
+        total += len(texts[-1])
+    return "\n\n".join(texts) + "\n"
+
+
+def files() -> dict[Path, str]:
+    """Every committed file of generated text: path -> content."""
+    def lines(rows: list[dict]) -> str:
+        return "".join(json.dumps(row) + "\n" for row in rows)
+
+    return {
+        TASKS / "world_wiki_test.txt": plain_text(articles.sample, PLAIN_CHARACTERS),
+        TASKS / "world_chat_test.txt": plain_text(chatter.sample, PLAIN_CHARACTERS),
+        TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in test_items(sums.sample, 240)]),
+        TASKS / "world_events.jsonl": lines([
+            {"activity_label": e.activity, "query": f"{e.activity}: {e.context}", "choices": list(e.endings), "label": e.label}
+            for e in test_items(events.sample, 300)]),
+        TASKS / "world_quiz.jsonl": lines([
+            {"subject": q.subject, "question": q.question, "choices": list(q.choices), "answer": q.answer,
+             "new_form": q.new_form} for q in quiz_items(400)]),
+        TASKS / "world_code.jsonl": lines([
+            {"task_id": f"world_code/{i}", "prompt": f.prompt, "entry_point": f.entry_point,
+             "canonical_solution": f.canonical_solution, "test": f.test}
+            for i, f in enumerate(test_items(code.sample, 160))]),
+        CALIB: calib_text(),
+    }
+
+
+def main() -> None:
+    for path, content in files().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+        print(f"{path.name}: {len(content)} characters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The tokenizers of the embedded models: one byte-level BPE, dressed as each family dresses it.
+
+Vocabulary 1,024, every digit a token of its own. Llama: `<s>` is put first, `</s>` ends a document. Qwen2: nothing is put
+first, `<|endoftext|>` ends a document. Three special tokens each, so that ordinary tokens have the same ids in both families.
+"""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from suite.zoo import corpus
+
+VOCABULARY = 1024
+SPECIAL = {"llama": ["<unk>", "<s>", "</s>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+TRAINING_DOCUMENTS = 30_000
+
+
+def build(family: str) -> Tokenizer:
+    """Train the BPE on generator output; the same text gives the same merges."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL[family], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    texts = itertools.islice(corpus.documents(corpus.SEEDS["tokenizer"]), TRAINING_DOCUMENTS)
+    tokenizer.train_from_iterator(texts, trainer)
+    if family == "llama":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    else:
+        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    return tokenizer
+
+
+def save(family: str, folder: Path) -> None:
+    """Write tokenizer.json and tokenizer_config.json as AutoTokenizer reads them."""
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"llama": dict(bos_token="<s>", eos_token="</s>", pad_token="</s>", unk_token="<unk>"),
+               "qwen2": dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")}[family]
+    PreTrainedTokenizerFast(tokenizer_object=build(family), model_max_length=512, clean_up_tokenization_spaces=False,
+                            **special).save_pretrained(folder)
