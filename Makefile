@@ -1,0 +1,59 @@
+# Everything here needs Python 3.11 or newer, make, and a Python package index; the rest is built into .venv.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
+	$(shell $(name) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
+MODEL ?= tiny-llama-m
+RUN := .venv/bin/python
+
+# What is given on the command line is handed on; what is not keeps the default of `ptq reproduce`.
+OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(filter-out 0,$(FAST)),--fast) \
+	$(if $(WBITS),--wbits $(WBITS)) $(if $(ABITS),--abits $(ABITS)) $(if $(MODE),--mode $(MODE)) \
+	$(if $(CALIB),--calib $(CALIB)) $(if $(SEED),--seed $(SEED)) $(if $(RESULTS),--results $(RESULTS)) $(ARGS)
+
+.PHONY: help setup reproduce test bench lint clean
+
+help:
+	@echo "make setup       builds the environment in .venv (the other commands do so by themselves)"
+	@echo "make reproduce   compares the methods on a model: tables and plots in results/"
+	@echo "                   MODEL=$(MODEL) METHODS=gptq,cka-hybrid TASKS=world_math WBITS=3 ABITS=8 MODE=native"
+	@echo "                   FAST=1 CALIB=text.txt SEED=1 RESULTS=folder ARGS='any option of ptq reproduce'"
+	@echo "make test        runs all tests; make test ARGS='-m \"not slow\"' only the fast ones"
+	@echo "make bench       measures the speed of the methods, the hybrid and the evaluation"
+	@echo "make lint        checks the style"
+	@echo "make clean       removes .venv and caches; results/ stays"
+	@echo "PYTHON=...       the interpreter to build with, now: $(or $(PYTHON),none found)"
+
+# The stamp holds the folder it was made in: an environment does not survive being moved.
+ifneq ($(shell cat .venv/stamp 2>/dev/null),$(CURDIR))
+.PHONY: .venv/stamp
+endif
+.venv/stamp: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found: give one with PYTHON=/path/to/python" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "make: $(PYTHON) is not Python 3.11 or newer with its venv module: give another with PYTHON=..." >&2; exit 2; }
+	@echo "Building the environment in .venv with $$($(PYTHON) --version); this takes a few minutes."
+	@rm -f $@; $(RUN) -c '' 2>/dev/null && test "$$(head -n 1 .venv/bin/pip 2>/dev/null)" = "#!$(CURDIR)/$(RUN)" \
+		|| $(PYTHON) -m venv --clear .venv
+	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "$(CURDIR)" > $@
+
+setup: .venv/stamp
+
+reproduce: .venv/stamp
+	@$(RUN) -m suite.cli reproduce $(MODEL) $(OPTIONS)
+
+test: .venv/stamp
+	@$(RUN) -m pytest $(ARGS)
+
+bench: .venv/stamp
+	@$(RUN) -m bench $(ARGS)
+
+lint: .venv/stamp
+	@$(RUN) -m ruff check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache build dist
+	find suite baselines tests -name __pycache__ -type d -prune -exec rm -rf {} +

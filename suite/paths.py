@@ -1,0 +1,17 @@
+"""Where the suite's own files stand: in a checkout, or inside an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_PACKAGE = Path(__file__).resolve().parent
+
+RESULTS = Path("results")  # below the folder a command is run in, unless --results says otherwise
+
+
+def tasks() -> Path:
+    """The folder of the lm-eval tasks and their data: `tasks/` of a checkout, `suite/_tasks/` of a wheel."""
+    for folder in (_PACKAGE.parent / "tasks", _PACKAGE / "_tasks"):
+        if any(folder.glob("*.yaml")):  # `tasks` is also a name that other people's folders in site-packages have
+            return folder
+    raise FileNotFoundError(f"the installation is incomplete: no tasks beside or inside {_PACKAGE.name}/; install it again")
