@@ -67,11 +67,11 @@ class LayerView:
     @torch.no_grad()
     def outputs(self) -> Tensor:
         if self._outputs is None:
-            hidden = self.inputs()
+            hidden, run = self._prepare()
             out = torch.empty_like(hidden)
             with self._rounding():
                 for batch in self._batches:
-                    out[batch] = self._run(hidden[batch])
+                    out[batch] = run(hidden[batch])
             self._outputs = out
         return self._outputs
 
@@ -85,7 +85,7 @@ class LayerView:
     @torch.no_grad()
     def _gather(self) -> None:
         """One pass over the calibration tokens that fills every statistic of every site, and the sample for AWQ's scopes."""
-        hidden, tokens = self.inputs(), 0
+        (hidden, run), tokens = self._prepare(), 0
         handles = [self._layer.get_submodule(site.linears[0]).register_forward_pre_hook(self._collect(site))
                    for site in self.sites]
         sampled = self._batches[0].stop - self._batches[0].start
@@ -94,7 +94,7 @@ class LayerView:
                 for site in self.sites:
                     sampling.enter_context(self._recorded(site))
                 for k, batch in enumerate(self._batches):
-                    self._run(hidden[batch])
+                    run(hidden[batch])
                     tokens += hidden[batch].shape[0] * hidden.shape[1]
                     if k == 0:
                         sampling.close()
@@ -143,9 +143,16 @@ class LayerView:
         out = functional_call(self._layer.get_submodule(site.scope), merged, args, kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _run(self, hidden: Tensor) -> Tensor:
-        out = functional_call(self._layer, dict(self._edit.params), (hidden,), dict(self._kwargs))
-        return out[0] if isinstance(out, tuple) else out
+    def _prepare(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The inputs and a function that runs the layer. Both are computed lazily, by running parts of the model: that
+        must be over before hooks are set, which would count those runs as well."""
+        hidden, params, kwargs = self.inputs(), dict(self._edit.params), dict(self._kwargs)
+
+        def run(batch: Tensor) -> Tensor:
+            out = functional_call(self._layer, params, (batch,), kwargs)
+            return out[0] if isinstance(out, tuple) else out
+
+        return hidden, run
 
     @contextlib.contextmanager
     def _rounding(self):
