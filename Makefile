@@ -26,7 +26,7 @@ help:
 	@echo "make clean       removes .venv and caches; results/ stays"
 	@echo "PYTHON=...       the interpreter to build with, now: $(or $(PYTHON),none found)"
 
-# The stamp holds the folder it was made in: an environment does not survive being moved.
+# The stamp holds the folder it was made in: the editable installation does not survive being moved.
 ifneq ($(shell cat .venv/stamp 2>/dev/null),$(CURDIR))
 .PHONY: .venv/stamp
 endif
@@ -35,8 +35,7 @@ endif
 	@$(PYTHON) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "make: $(PYTHON) is not Python 3.11 or newer with its venv module: give another with PYTHON=..." >&2; exit 2; }
 	@echo "Building the environment in .venv with $$($(PYTHON) --version); this takes a few minutes."
-	@rm -f $@; $(RUN) -c '' 2>/dev/null && test "$$(head -n 1 .venv/bin/pip 2>/dev/null)" = "#!$(CURDIR)/$(RUN)" \
-		|| $(PYTHON) -m venv --clear .venv
+	@rm -f $@; $(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
 	@$(RUN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "$(CURDIR)" > $@
 
