@@ -6,6 +6,7 @@ from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
 
+KNOWN_MODELS = _PACKAGE / "known_models.json"  # models of the hub that have a short name
 RESULTS = Path("results")  # below the folder a command is run in, unless --results says otherwise
 
 

@@ -1,0 +1,505 @@
+"""The command line: what is asked for is checked, the work is done elsewhere. Heavy imports stand inside the commands.
+
+A mistake of the user ends with one line on stderr and status 2; Ctrl-C with one line and 130; anything else that
+escapes is a bug, and shows its traceback.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+
+from suite.errors import PTQError, unknown
+from suite.paths import RESULTS
+
+PROGRAM = "ptq"
+
+
+# ---------------------------------------------------------------------------------------------- the program
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs a command line and exits: 0, 2 for a mistake of the user, 130 for Ctrl-C, 1 (with a traceback) for a bug."""
+    _quiet()
+    try:
+        status = commands.main(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:  # `ptq` or `ptq zoo` alone: the help is the answer
+        click.echo(error.ctx.get_help())
+        status = 2
+    except (PTQError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
+        status = 2
+    except (KeyboardInterrupt, click.Abort):
+        click.echo(f"{PROGRAM}: interrupted; what is finished is kept, and the same command continues from there", err=True)
+        status = 130
+    except BrokenPipeError:  # `ptq ls models | head`
+        sys.stdout = open(os.devnull, "w")
+        status = 141
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _quiet() -> None:
+    """Only the suite speaks: libraries warn of nothing but errors, and draw progress on a terminal alone."""
+    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "LMEVAL_LOG_LEVEL": "WARNING",
+                        "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}.items():
+        os.environ.setdefault(name, value)
+    if not sys.stderr.isatty():
+        for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+            os.environ.setdefault(name, "1")
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+class Commands(click.Group):
+    """A group that lists its commands in the order of the file and knows the nearest name of an unknown one."""
+
+    def list_commands(self, context):
+        return list(self.commands)
+
+    def resolve_command(self, context, arguments):
+        name = arguments[0] if arguments else ""
+        if name and not name.startswith("-") and name not in self.commands:
+            raise unknown("command", name, self.commands)
+        return super().resolve_command(context, arguments)
+
+
+class Choice(click.ParamType):
+    """One of a few words, with near misses in the error."""
+
+    name = "choice"
+
+    def __init__(self, *allowed: str):
+        self.allowed = allowed
+
+    def get_metavar(self, param, ctx=None):
+        return "|".join(self.allowed)
+
+    def convert(self, value, param, ctx):
+        if value not in self.allowed:
+            raise unknown(f"value of {param.opts[0]}" if param.opts[0].startswith("-") else "thing", value, self.allowed)
+        return value
+
+
+class Words(click.ParamType):
+    """Names separated by commas, none twice."""
+
+    name = "a,b,..."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        words = tuple(word for word in (part.strip() for part in value.split(",")) if word)
+        if not words:
+            raise PTQError(f"{param.opts[0]} is empty: give names separated by commas")
+        twice = sorted({word for word in words if words.count(word) > 1})
+        if twice:
+            raise PTQError(f"{param.opts[0]} has {', '.join(twice)} twice")
+        return words
+
+
+class Pair(click.ParamType):
+    """key=value."""
+
+    name = "key=value"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        key, equals, text = value.partition("=")
+        if not equals or not key or not text:
+            raise PTQError(f"{param.opts[0]} {value!r} is no option of a method: write {param.opts[0]} key=value, "
+                           f"e.g. {param.opts[0]} damp=0.05")
+        return key.replace("-", "_"), text
+
+
+WHOLE = click.IntRange(min=1)
+SCHEME = (
+    click.option("--wbits", type=int, help="Bits of the weights: 2 to 8, or 16 for none.  [4]"),
+    click.option("--abits", type=int, help="Bits of the activations: 8, 4, or 16 for none.  [8]"),
+    click.option("--group-size", type=int, help="Weights that share a scale; 0: a row.  [128]"),
+)
+CALIBRATION = (
+    click.option("--calib", metavar="SOURCE", help="Calibration text: a text file, or embedded, wikitext2, c4, pile.  [embedded]"),
+    click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [128]"),
+    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens per calibration sequence.  [as many as the model takes, up to 2048]"),
+    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."),
+    click.option("--mode", type=Choice("matched", "native"), default="matched", show_default=True,
+                 help="matched: one setting for all methods. native: each method's own published setting."),
+)
+
+
+def options(*groups):
+    """Several groups of options on one command, in the order given."""
+    def decorate(function):
+        for group in reversed(groups):
+            for option in reversed(group):
+                function = option(function)
+        return function
+    return decorate
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="ptq-suite", prog_name=PROGRAM)
+def commands():
+    """Quantize language models after training, and compare the methods on one protocol.
+
+    \b
+    Examples:
+      ptq ls models
+      ptq quantize --model tiny-llama-s --method gptq --out /tmp/gptq
+      ptq ppl --model /tmp/gptq --text README.md
+      ptq reproduce tiny-llama-s --fast
+
+    Every command has examples of its own: ptq COMMAND --help
+    """
+
+
+# ---------------------------------------------------------------------------------------------- quantize
+
+
+@commands.command()
+@click.option("--model", required=True, metavar="MODEL", help="A name of `ptq ls models`, a local folder, or an id of the hub.")
+@click.option("--method", required=True, metavar="METHOD", help="A name of `ptq ls methods`, or TRANSFORM+ROUNDING.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the quantized model.")
+@options(SCHEME, CALIBRATION)
+@click.option("--set", "extra", type=Pair(), multiple=True, metavar="KEY=VALUE",
+              help="Any option of the method (`ptq ls methods` names them); may be repeated.")
+@click.option("--metric", help="cka-hybrid: what chooses, see `ptq ls metrics`.  [cka]")
+@click.option("--pool", type=Words(), help="cka-hybrid: the methods to choose from.  [gptq,awq,smoothquant]")
+@click.option("--block", type=WHOLE, help="cka-hybrid: layers that share a choice.  [1]")
+@click.option("--revision", help="Of a model of the hub.")
+@click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
+def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, extra, metric, pool, block,
+             revision, overwrite):
+    """Quantize a model and write it to a folder that the other commands take as a model.
+
+    \b
+    Examples:
+      ptq quantize --model tiny-llama-s --method gptq --out /tmp/gptq
+      ptq quantize --model tiny-llama-m --method cka-hybrid --wbits 4 --abits 8 --group-size 128 \\
+          --calib embedded --nsamples 64 --seqlen 512 --seed 0 --out /tmp/hybrid
+      ptq quantize --model tiny-llama-m --method cka-hybrid --pool gptq,smoothquant+gptq --metric mse --out /tmp/mse
+      ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib text.txt --out /tmp/mine
+    """
+    given = {"wbits": wbits, "abits": abits, "group_size": group_size, "metric": metric, "pool": pool, "block": block}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    for key, value in extra:
+        if key in chosen:
+            raise PTQError(f"option {key} is given twice: once with --set is enough")
+        chosen[key] = value
+
+    from suite.method import Native, build, native, to_config
+
+    published = native(method).options if mode == "native" else {}
+    configured = build(method, **{**published, **chosen})
+    if not configured.scheme.weight.quantized and configured.scheme.act is None:
+        raise PTQError(f"method {method} at {configured.scheme} quantizes nothing, so there is nothing to write: "
+                       f"give fewer bits, or use the model as it is")
+    check_out(out, overwrite)
+
+    from suite import calib as calibration
+    from suite import checkpoint, models, walk, windows
+    from suite.progress import Progress
+
+    if models.resolve(model, revision).kind == "quantized":
+        raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
+    loaded = models.load(model, revision=revision)
+    note(loaded.note)
+    published = native(method) if mode == "native" else Native(source=calibration.EMBEDDED)
+    sequences = calibration.load(calib or published.source, loaded.tokenizer, nsamples or published.nsamples,
+                                 windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen), seed)
+    with Progress(f"{loaded.name} {method}") as progress:
+        layers = walk.quantize_model(configured, loaded.model, sequences, progress, diagnostics=True, inputs=published.inputs)
+    checkpoint.save(loaded.model, loaded.tokenizer, out, {
+        "model": loaded.identity, "method": to_config(configured), "scheme": str(configured.scheme), "mode": mode,
+        "calibration": sequences.identity, "layers": layers}, overwrite)
+
+    weights = sum(layer["weights"] for layer in layers)
+    bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
+    seconds = sum(layer["seconds"] for layer in layers)
+    click.echo(f"{loaded.name}: {method}, {configured.scheme}, {bits:.3f} bits per weight with scales, {seconds:.1f} s")
+    if any("chosen" in layer for layer in layers):
+        click.echo("chosen per layer: " + " ".join(layer["chosen"] for layer in layers))
+    click.echo(str(out))
+
+
+def check_out(folder: Path, overwrite: bool) -> None:
+    """Raises PTQError, before any work, if a folder could not be written at the end. Leaves nothing behind."""
+    from suite import checkpoint
+
+    checkpoint.check_target(folder, overwrite)
+    parent = folder.expanduser().absolute().parent
+    existing = next(p for p in (parent, *parent.parents) if p.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=existing, prefix=".ptq-", suffix=".tmp"):
+            pass
+    except OSError as error:
+        raise PTQError(f"output folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out") from None
+
+
+def note(text: str) -> None:
+    if text:
+        click.echo(f"{PROGRAM}: note: {text}", err=True)
+
+
+# ---------------------------------------------------------------------------------------------- evaluate
+
+
+@commands.command()
+@click.option("--model", required=True, metavar="MODEL", help="A name, a folder, or a folder of `ptq quantize`.")
+@click.option("--text", required=True, type=click.Path(), help="A text file.")
+@click.option("--window", type=int, help="Tokens per window.  [as many as the model takes, up to 2048]")
+@click.option("--max-tokens", type=WHOLE, help="Use only so many tokens of the text.  [all]")
+@click.option("--revision", help="Of a model of the hub.")
+@click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, and nothing else there.")
+def ppl(model, text, window, max_tokens, revision, as_json):
+    """Perplexity of a model on a text, as quantization papers measure it.
+
+    The text is tokenized once and cut into windows without overlap; exp of the mean NLL of the tokens 2..N of each.
+    lm-eval's own `wikitext` task counts words and gives other numbers.
+
+    \b
+    Examples:
+      ptq ppl --model tiny-llama-s --text book.txt
+      ptq ppl --model /tmp/hybrid --text book.txt --window 512 --max-tokens 100000 --json
+      ptq ppl --model tiny-llama-s@outliers=8,seed=1 --text book.txt
+    """
+    if window is not None:
+        from suite.windows import fit
+
+        fit(window, None)
+    from suite import models, windows
+    from suite.progress import Progress
+
+    content = windows.read_text(text)
+    loaded = models.load(model, revision=revision)
+    note(loaded.note)
+    size = windows.fit(window, windows.max_positions(loaded.model))
+    cut = windows.token_windows(content, loaded.tokenizer, size, max_tokens=max_tokens, name=f"text file {text!r}")
+    with Progress(f"{loaded.name} perplexity") as progress:
+        nll = windows.window_nll(loaded.model, cut.tokens, progress=progress)
+    value = windows.perplexity(nll, cut.predicted)
+    if as_json:
+        protocol = cut.protocol
+        click.echo(json.dumps({"ppl": value, **protocol, "join": "none: one file, as it is",
+                               "data_hash": protocol["data_digest"], "model": loaded.name, "model_digest": loaded.digest}))
+    else:
+        click.echo(f"{loaded.name}: perplexity {value:.4f} over {cut.predicted} tokens in {cut.count} windows of {size}")
+
+
+@commands.command("lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True,
+                                               "help_option_names": []}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def lm_eval(arguments):
+    """Run lm-evaluation-harness with the model `ptq` and the suite's tasks registered; everything after it is lm-eval's own.
+
+    \b
+    Examples:
+      ptq lm-eval run --model ptq --model_args pretrained=tiny-llama-s,method=gptq,wbits=4,abits=8 \\
+          --tasks world_math,world_wiki_ppl
+      ptq lm-eval run --model ptq --model_args pretrained=/tmp/hybrid --tasks world_events --limit 20
+      ptq lm-eval ls tasks
+    """
+    if arguments in (("--help",), ("-h",), ()):
+        click.echo(click.get_current_context().get_help())
+        click.echo("\nlm-eval's own help: ptq lm-eval run --help")
+        return None
+    from suite.adapter import run_lm_eval
+
+    return run_lm_eval(list(arguments))
+
+
+# ---------------------------------------------------------------------------------------------- compare
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--methods", type=Words(), help="Names of `ptq ls methods`, or TRANSFORM+ROUNDING.  [all]")
+@click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`.  [those of the embedded world, or of the paper]")
+@click.option("--fast", is_flag=True, help="A first look: fewer documents and windows. Told in the name of every table.")
+@options(SCHEME, CALIBRATION)
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
+@click.option("--allow-eval-calibration", is_flag=True,
+              help="Allow calibration on the text that is evaluated; such numbers are marked.")
+def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, results,
+              allow_eval_calibration):
+    """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
+
+    Only what is missing in the results folder is computed; after an interruption the same command continues.
+
+    \b
+    Examples:
+      ptq reproduce tiny-llama-m
+      ptq reproduce tiny-llama-s --fast
+      ptq reproduce tiny-llama-m@outliers=8,seed=1 --methods fp16,gptq,smoothquant,cka-hybrid
+      ptq reproduce tiny-qwen-m --wbits 3 --tasks world_wiki_ppl,world_math
+      ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
+    """
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
+def report(model, results):
+    """Write the tables and plots of a model again, from the results folder alone.
+
+    \b
+    Examples:
+      ptq report tiny-llama-m
+      ptq report tiny-llama-m@outliers=8 --results /tmp/results
+    """
+
+
+# ---------------------------------------------------------------------------------------------- look up
+
+
+@commands.command("ls")
+@click.argument("thing", type=Choice("methods", "models", "tasks", "metrics"))
+@click.option("--json", "as_json", is_flag=True, help="A list of JSON objects.")
+def list_(thing, as_json):
+    """List what there is: methods with their options, models, tasks, or the metrics of the hybrid.
+
+    \b
+    Examples:
+      ptq ls methods
+      ptq ls models --json
+      ptq ls tasks
+    """
+    rows = {"methods": _methods, "models": _models, "tasks": _tasks, "metrics": _metrics}[thing]()
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+        return
+    width = max(len(row["name"]) for row in rows)
+    for row in rows:
+        click.echo(f"{row['name']:{width}}  {row['what']}")
+        if row.get("options"):
+            click.echo(f"{'':{width}}  options: " + " ".join(f"{key}={_word(value)}" for key, value in row["options"].items()))
+
+
+def _word(value: Any) -> str:
+    """A default as one would write it on the command line."""
+    if isinstance(value, (tuple, list)):
+        return "|".join(value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)
+
+
+def _methods() -> list[dict]:
+    from suite import method
+
+    rows = [{"name": name, "what": _told(method.lookup(name)), "options": method.options_of(name)}
+            for name in method.names()]
+    return rows + [{"name": name, "what": "{0}'s transform, then {1}'s rounding; options of both".format(*name.split("+"))}
+                   for name in method.compositions()]
+
+
+def _told(method: type) -> str:
+    """The first paragraph of the docstring of a method's file, as one line."""
+    text = sys.modules[method.__module__].__doc__ or method.__doc__ or ""
+    return " ".join(text.strip().partition("\n\n")[0].split())
+
+
+def _models() -> list[dict]:
+    from suite import zoo
+    from suite.paths import KNOWN_MODELS
+
+    rows = [{"name": e.name, "what": f"embedded: {e.family}, {e.layers} layers, width {e.hidden}"
+                                     f"{', tied embeddings' if e.tied else ''}"
+                                     f"{'' if (zoo.path(e.name) / 'config.json').exists() else '; NOT TRAINED in this installation'}"}
+            for e in zoo.TABLE.values()]
+    for name, known in json.loads(KNOWN_MODELS.read_text()).items():
+        rows.append({"name": name, "what": f"hub: {known['hub']}, {known['parameters'] / 1e9:.1f} B parameters"
+                                           f"{', gated' if known['gated'] else ''}"
+                                           f"{'; ' + known['note'] if known.get('note') else ''}"})
+    return rows
+
+
+def _tasks() -> list[dict]:
+    """Name and first comment of every task file: no task is loaded for that."""
+    from suite.paths import tasks
+
+    rows = []
+    for path in sorted(tasks().glob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        named = re.search(r"^group:\s*(\S+)", text, re.MULTILINE) or re.search(r"^task:\s*(\S+)", text, re.MULTILINE)
+        if named:
+            comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines()))
+            rows.append({"name": named.group(1), "what": comment})
+    return rows
+
+
+def _metrics() -> list[dict]:
+    from suite.select import METRICS
+
+    return [{"name": name, "what": what} for name, what in METRICS.items()]
+
+
+# ---------------------------------------------------------------------------------------------- embedded models
+
+
+@commands.group(cls=Commands)
+def zoo():
+    """The embedded models: train one again, or show what is known of it.
+
+    \b
+    Examples:
+      ptq zoo card tiny-llama-s
+      ptq zoo train tiny-llama-s
+    """
+
+
+@zoo.command()
+@click.argument("name")
+@click.option("--steps", type=WHOLE, help="Optimizer steps.  [those of the embedded model]")
+@click.option("--threads", type=WHOLE, default=1, show_default=True, help="Processor threads.")
+def train(name, steps, threads):
+    """Train an embedded model from the seeded generator, in place of the one in this installation.
+
+    A run that is killed continues from its checkpoint. On one core: about half an hour for the s models, two hours for m.
+
+    \b
+    Examples:
+      ptq zoo train tiny-llama-s
+      ptq zoo train tiny-qwen-m --steps 200 --threads 2
+    """
+    _embedded(name)
+    from suite.zoo.train import train as run
+
+    click.echo(str(run(name, steps, threads)))
+
+
+@zoo.command()
+@click.argument("name")
+def card(name):
+    """Show the card of an embedded model: architecture, training, scores.
+
+    \b
+    Examples:
+      ptq zoo card tiny-llama-m
+    """
+    path = _embedded(name) / "README.md"
+    if not path.exists():
+        raise PTQError(f"the embedded model {name!r} has no card in this installation: train it with `ptq zoo train {name}`")
+    click.echo(path.read_text(encoding="utf-8").rstrip())
+
+
+def _embedded(name: str) -> Path:
+    from suite import zoo as models
+
+    if name not in models.names():
+        raise unknown("embedded model", name, models.names())
+    return models.path(name)
+
+
+if __name__ == "__main__":
+    main()
