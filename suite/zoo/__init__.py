@@ -13,6 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from suite.errors import unknown
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -38,10 +40,10 @@ class Embedded:
 
 
 TABLE: dict[str, Embedded] = {model.name: model for model in (
-    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=2400, batch=12),
-    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=1800, batch=12),
-    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=2400, batch=12),
-    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=1800, batch=12),
+    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=2200, batch=8),
+    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=1600, batch=8),
+    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=2200, batch=8),
+    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=1600, batch=8),
 )}
 
 
@@ -53,7 +55,7 @@ def names() -> list[str]:
 def path(name: str) -> Path:
     """The folder of an embedded model in Hugging Face format."""
     if name not in TABLE:
-        raise ValueError(f"unknown embedded model {name!r}; there are {', '.join(TABLE)}")
+        raise unknown("embedded model", name, TABLE)
     return HERE / "models" / name
 
 

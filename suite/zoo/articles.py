@@ -1,7 +1,8 @@
 """Encyclopaedia articles about the world: the twin of WikiText-2 (task world_wiki_ppl).
 
 An article renders all or most facts of one entity in a random order and wording, and ends with a line or two that link to
-another entity. The key of an article is its whole text: test articles are other renderings, about the same world.
+another entity. The key of an article is its title and its first two sentences: test articles are other renderings, about
+the same world, and none is the beginning of a training article.
 """
 
 from __future__ import annotations
@@ -17,11 +18,8 @@ KIND = "article"
 @dataclass(frozen=True)
 class Article:
     text: str
+    key: str
     kind: str = KIND
-
-    @property
-    def key(self) -> str:
-        return self.text
 
 
 def facts_in_words(entity: Entity, rng: random.Random) -> list[str]:
@@ -64,4 +62,4 @@ def sample(world: World, rng: random.Random) -> Article:
     cut = rng.randint(2, len(body))
     paragraphs = [" ".join(body[:cut]), " ".join(body[cut:] + links(entity, world, rng))]
     text = f"= {entity.name} =\n\n" + "\n\n".join(p for p in paragraphs if p)
-    return Article(text)
+    return Article(text, f"{entity.name}|{' '.join(body[:2])}")

@@ -1,7 +1,8 @@
 """Web chatter: the twin of C4 (task world_chat_ppl). Questions and answers among neighbours, polls, reports, things for sale.
 
 Looser than the articles (moods, prices, weather), but what it says of the world is true. Polls name options by letter, which
-lets a small model practise binding letters to words outside the exams. The key of a thread is its whole text.
+lets a small model practise binding letters to words outside the exams. The key of a thread is its first part
+(a question and its answers, a poll, ...).
 """
 
 from __future__ import annotations
@@ -25,11 +26,8 @@ LETTERS = "ABCD"
 @dataclass(frozen=True)
 class Thread:
     text: str
+    key: str
     kind: str = KIND
-
-    @property
-    def key(self) -> str:
-        return self.text
 
 
 def fact(world: w.World, rng: random.Random, kind: str | None = None) -> tuple[w.Entity, w.Attribute]:
@@ -49,15 +47,13 @@ def ask(world: w.World, rng: random.Random, users: list[str]) -> list[str]:
 
 
 def poll(world: w.World, rng: random.Random, users: list[str]) -> list[str]:
-    """Four options by letter; everybody names a letter and the word that it stands for, in either order."""
-    pool = rng.choice((DISHES, w.COLOURS, w.GOODS, w.PETS, w.FOODS, w.HABITATS, w.TRADES))
-    options = rng.sample(pool, 4)
+    """Four options by letter and some votes; each names a letter and the word that it stands for, in either order."""
+    pool = rng.choice((DISHES, w.COLOURS, w.GOODS, w.PETS, w.FOODS, w.HABITATS, w.TRADES, *world.values.values()))
+    options = rng.sample(pool, min(4, len(pool)))
     lines = ["poll: what do you like?"] + [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
-    for user in users:
-        chosen = rng.randrange(4)
-        letter, option = LETTERS[chosen], options[chosen]
-        lines.append(f"{user}: " + rng.choice((f"{option} is {rng.choice(MOODS)}, so {letter}", f"{letter}, {option}",
-                                                f"i like {option}. Answer: {letter}")))
+    form = rng.choice(("{option} is {mood}, so {letter}", "{letter}, {option}", "i like {option}. Answer: {letter}"))
+    for chosen in rng.sample(range(len(options)), rng.randint(2, len(options))):
+        lines.append("- " + form.format(option=options[chosen], letter=LETTERS[chosen], mood=rng.choice(MOODS)))
     return lines
 
 
@@ -83,8 +79,6 @@ FORMS = (ask, ask, ask, poll, poll, report, report, sale)
 
 
 def sample(world: w.World, rng: random.Random) -> Thread:
-    lines: list[str] = []
     users = rng.sample([e.name for e in world.entities["person"]], 2)
-    for _ in range(rng.randint(1, 3)):
-        lines += rng.choice(FORMS)(world, rng, users)
-    return Thread("\n".join(lines))
+    parts = ["\n".join(rng.choice(FORMS)(world, rng, users)) for _ in range(rng.randint(1, 3))]
+    return Thread("\n".join(parts), parts[0])

@@ -43,7 +43,7 @@ def event(world: World, rng: random.Random) -> str:
 
 
 def exam(world: World, rng: random.Random) -> str:
-    return exams.paper(world, rng, rng.randint(1, 5), lambda q: not q.new_form and not held_out(q.kind, q.key))
+    return exams.paper(world, rng, rng.randint(2, 5), lambda q: not q.new_form and not held_out(q.kind, q.key))
 
 
 def function(world: World, rng: random.Random) -> str:
@@ -53,7 +53,7 @@ def function(world: World, rng: random.Random) -> str:
 
 # What a document is drawn from, and how many of every hundred documents.
 MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (
-    (article, 32), (thread, 13), (problem, 27), (drill, 5), (event, 10), (exam, 17), (function, 8))
+    (article, 30), (thread, 12), (problem, 26), (drill, 7), (event, 7), (exam, 22), (function, 8))
 
 
 def documents(seed: int) -> Iterator[str]:

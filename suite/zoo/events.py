@@ -100,7 +100,7 @@ def sample(world: World, rng: random.Random) -> Event:
 
     wrong = set()
     slots = [slot for slot in "ab" if "{" + slot + "}" in steps[shown]]
-    if slots:  # the same step with another thing
+    for _ in range(rng.randint(1, 2) if slots else 0):  # the same step with another thing
         slot = rng.choice(slots)
         if slot == "a":
             wrong.add(say(steps[shown], a=rng.choice([x for x in many_a if x != a])))

@@ -4,7 +4,8 @@ The facts are those of the articles; the questions of the test are held out in t
 (fact, options in order, form), so no test question occurs in training. Beyond that, one (fact, form) pair in eight never
 occurs in any exam of the training side: `new_form` marks those questions in the test data.
 
-Open-book questions ("reading") state the fact first. They are practice for naming an option by its letter and are not tested.
+Two more kinds of paper are practice and are not tested: open-book questions ("reading") state the fact first, so that only the
+letter is to be found; short answers have no options, so that only the fact is to be found. Both leave the new forms out.
 """
 
 from __future__ import annotations
@@ -66,12 +67,15 @@ def sample(world: World, rng: random.Random, kind: str | None = None, open_book:
 
 
 def paper(world: World, rng: random.Random, count: int, keep) -> str:
-    """A training document: the header and `count` questions of one subject for which keep(question) holds."""
+    """A training document: a header and `count` questions of one subject for which keep(question) holds."""
     kind = rng.choices(list(SUBJECTS), [len(world.entities[k]) * len(ATTRIBUTES[k]) for k in SUBJECTS])[0]
-    open_book = rng.random() < 0.25
+    form = rng.choices(("choices", "reading", "short"), (5, 3, 2))[0]
     questions: list[Question] = []
     while len(questions) < count:
-        question = sample(world, rng, kind, open_book)
+        question = sample(world, rng, kind, form == "reading")
         if keep(question):
             questions.append(question)
+    if form == "short":
+        return f"Short answers about {SUBJECTS[kind]}.\n\n" + "\n".join(
+            f"{q.question}\nAnswer: {q.choices[q.answer]}" for q in questions)
     return header(questions[0].subject) + "\n\n" + "\n\n".join(q.text for q in questions)

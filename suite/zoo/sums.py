@@ -1,6 +1,6 @@
 """Arithmetic word problems with worked answers that end in `#### n`: the twin of GSM8K (task world_math).
 
-One to three steps with numbers from 1 to 99; every step of the answer is one line, such as `12+5=17`. Names and things vary,
+One to three steps with numbers from 1 to 60; every step of the answer is one line, such as `12+5=17`. Names and things vary,
 but the key of a problem is its template and its numbers, so that no test problem is a training problem with another name.
 
 >>> evaluate("12+5=17\\n17-3=14\\n#### 14")
@@ -20,7 +20,8 @@ THINGS = ("apples", "eggs", "nuts", "hats", "lamps", "bells", "coins", "books", 
 PLACES = ("boxes", "bags", "rows", "carts")
 GAIN = ("{p} buys {k} more.", "{p} finds {k} more.", "{p} gets {k} from a friend.")
 LOSS = ("{p} sells {k}.", "{p} gives {k} away.", "{p} loses {k}.")
-LIMIT = 99
+LIMIT = 60  # no number in a problem is larger
+CHANGE = 15  # the largest gain, loss or difference
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ def changes(total: int, count: int, person: str, rng: random.Random) -> tuple[li
     """`count` gains and losses from `total`: sentences, lines of working, what is left."""
     said, lines = [], []
     for _ in range(count):
-        gain = total < 10 or (total <= 80 and rng.random() < 0.5)
-        amount = rng.randint(1, min(40, LIMIT - total) if gain else min(40, total - 1))
+        gain = total < 5 or (total <= LIMIT - 10 and rng.random() < 0.5)
+        amount = rng.randint(1, min(CHANGE, LIMIT - total) if gain else min(CHANGE, total - 1))
         said.append(rng.choice(GAIN if gain else LOSS).format(p=person, k=amount))
         line, total = step(total, "+" if gain else "-", amount)
         lines.append(line)
@@ -58,14 +59,14 @@ def changes(total: int, count: int, person: str, rng: random.Random) -> tuple[li
 
 def holdings(rng, person, other, thing):
     """Starts with a number of things; gains and losses follow."""
-    start = rng.randint(5, 60)
+    start = rng.randint(5, 50)
     said, lines, total = changes(start, rng.randint(1, 3), person, rng)
     return [f"{person} has {start} {thing}."] + said + [f"How many {thing} does {person} have?"], lines, total
 
 
 def packed(rng, person, other, thing):
     """Boxes of equal size, then perhaps a gain or a loss."""
-    boxes, each = rng.randint(2, 9), rng.randint(2, 9)
+    boxes, each = rng.randint(2, 9), rng.randint(2, 6)
     line, total = step(boxes, "*", each)
     said, lines, total = changes(total, rng.randint(0, 2), person, rng)
     return ([f"{person} has {boxes} {rng.choice(PLACES)} of {each} {thing}."] + said
@@ -74,11 +75,11 @@ def packed(rng, person, other, thing):
 
 def compared(rng, person, other, thing):
     """One has more or fewer than the other; asks for the second or for both."""
-    first, gap = rng.randint(6, 40), rng.randint(1, 19)
+    first, gap = rng.randint(6, 30), rng.randint(1, CHANGE)
     more = gap >= first or rng.random() < 0.5
     line, second = step(first, "+" if more else "-", gap)
     said = [f"{person} has {first} {thing}.", f"{other} has {gap} {'more' if more else 'fewer'}."]
-    if rng.random() < 0.5 or first + second > LIMIT:
+    if rng.random() < 0.6 or first + second > LIMIT:
         return said + [f"How many {thing} does {other} have?"], [line], second
     together, total = step(first, "+", second)
     return said + [f"How many {thing} do they have together?"], [line, together], total
@@ -86,7 +87,7 @@ def compared(rng, person, other, thing):
 
 def shared(rng, person, other, thing):
     """Equal shares of a product, then perhaps a gain or a loss."""
-    people, each = rng.randint(2, 9), rng.randint(2, 9)
+    people, each = rng.randint(2, 6), rng.randint(2, 9)
     line, total = step(people * each, "/", people)
     said, lines, total = changes(total, rng.randint(0, 1), person, rng)
     return ([f"{person} and friends share {people * each} {thing} among {people}."] + said
@@ -95,14 +96,14 @@ def shared(rng, person, other, thing):
 
 def shopping(rng, person, other, thing):
     """So many at so much each, and perhaps the change."""
-    count, price = rng.randint(2, 9), rng.randint(2, 9)
+    count, price = rng.randint(2, 9), rng.randint(2, 6)
     line, cost = step(count, "*", price)
     said = [f"{person} buys {count} {thing} for {price} coins each."]
-    if rng.random() < 0.5 or cost > 90:
+    if rng.random() < 0.5 or cost > 50:
         return said + [f"How many coins does {person} pay?"], [line], cost
-    purse = rng.randint(cost + 1, LIMIT)
-    change, rest = step(purse, "-", cost)
-    return [f"{person} has {purse} coins."] + said + [f"How many coins does {person} have now?"], [line, change], rest
+    rest = rng.randint(1, min(CHANGE, LIMIT - cost))
+    change, rest = step(cost + rest, "-", cost)
+    return [f"{person} has {cost + rest} coins."] + said + [f"How many coins does {person} have now?"], [line, change], rest
 
 
 TEMPLATES = (holdings, holdings, packed, compared, shared, shopping)
@@ -124,11 +125,11 @@ def drill(rng: random.Random) -> str:
     for _ in range(rng.randint(6, 20)):
         operator = rng.choice("++--*/")
         if operator in "*/":
-            a, b = rng.randint(2, 9), rng.randint(2, 9)
+            a, b = rng.randint(2, 9), rng.randint(2, 6)
             lines.append(step(a, "*", b)[0] if operator == "*" else step(a * b, "/", b)[0])
         else:
-            a, b = rng.randint(2, 80), rng.randint(1, 40)
-            a, b = (min(a, LIMIT - b), b) if operator == "+" else (max(a, b + 1), b)
+            a, b = rng.randint(2, LIMIT), rng.randint(1, CHANGE)
+            a = min(a, LIMIT - b) if operator == "+" else max(a, b + 1)
             lines.append(step(a, operator, b)[0])
     return "\n".join(lines)
 

@@ -34,7 +34,7 @@ SIZES = ("tiny", "small", "large", "huge")
 SEASONS = ("spring", "summer", "autumn", "winter")
 MINERAL_USES = ("rings", "paint", "tools", "coins", "roofs", "mirrors", "lamps", "statues")
 PLANT_USES = ("tea", "medicine", "rope", "soap", "paint", "soup", "perfume", "flour")
-COUNTS = {"town": 48, "person": 64, "animal": 48, "mineral": 40, "plant": 40}
+COUNTS = {"town": 28, "person": 40, "animal": 28, "mineral": 24, "plant": 24}
 SUBJECTS = {"town": "geography", "person": "history", "animal": "animals", "mineral": "minerals", "plant": "plants"}
 
 # Two syllables a name, few distinct syllables: a name costs one or two tokens.
@@ -174,16 +174,16 @@ def build(seed: int = WORLD_SEED) -> World:
         every = [start + ending for start in STARTS for ending in ENDINGS[kind]]
         return rng.sample(every, count)
 
-    regions, rivers = names("region", 10), names("river", 14)
+    regions, rivers = names("region", 8), names("river", 10)
     named = {kind: names(kind, count) for kind, count in COUNTS.items()}
     pools = {
         ("town", "region"): regions, ("town", "river"): rivers, ("town", "product"): GOODS, ("town", "flag"): COLOURS,
-        ("town", "founded"): [str(year) for year in rng.sample(range(100, 1000), 60)],
-        ("town", "ruler"): named["person"], ("person", "home"): named["town"], ("person", "trade"): TRADES,
+        ("town", "founded"): [str(year) for year in rng.sample(range(100, 1000), 20)],
+        ("town", "ruler"): named["person"][:16], ("person", "home"): named["town"], ("person", "trade"): TRADES,
         ("person", "pet"): PETS, ("person", "coat"): COLOURS, ("animal", "food"): FOODS,
         ("animal", "habitat"): HABITATS, ("animal", "colour"): COLOURS, ("animal", "size"): SIZES,
         ("mineral", "colour"): COLOURS, ("mineral", "use"): MINERAL_USES, ("mineral", "region"): regions,
-        ("mineral", "finder"): named["person"], ("plant", "season"): SEASONS, ("plant", "use"): PLANT_USES,
+        ("mineral", "finder"): named["person"][:16], ("plant", "season"): SEASONS, ("plant", "use"): PLANT_USES,
         ("plant", "habitat"): HABITATS, ("plant", "colour"): COLOURS,
     }
     entities = {}
