@@ -38,13 +38,26 @@ def main(arguments: list[str] | None = None) -> None:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"{PROGRAM}: error: {' '.join(message.split())}", err=True)
         status = 2
-    except (KeyboardInterrupt, click.Abort):
-        click.echo(f"{PROGRAM}: interrupted; what is finished is kept, and the same command continues from there", err=True)
+    except Interrupted as interrupted:
+        click.echo(f"{PROGRAM}: interrupted{_KEPT.get(interrupted.command, '')}", err=True)
         status = 130
     except BrokenPipeError:  # `ptq ls models | head`
         sys.stdout = open(os.devnull, "w")
         status = 141
     sys.exit(status if isinstance(status, int) else 0)
+
+
+# What an interruption leaves behind, by command.
+_KEPT = {"reproduce": ": results already measured are kept, and the same command continues from there",
+         "quantize": ": nothing was written",
+         "train": ": the same command continues from the last checkpoint"}
+
+
+class Interrupted(Exception):
+    """Ctrl-C, and the command it hit."""
+
+    def __init__(self, command: str | None):
+        self.command = command
 
 
 def _quiet() -> None:
@@ -72,6 +85,12 @@ class Commands(click.Group):
         if name and not name.startswith("-") and name not in self.commands:
             raise unknown("command", name, self.commands)
         return super().resolve_command(context, arguments)
+
+    def invoke(self, context):
+        try:
+            return super().invoke(context)
+        except KeyboardInterrupt:  # here, because click would first write an empty line
+            raise Interrupted(context.invoked_subcommand) from None
 
 
 class Choice(click.ParamType):
@@ -325,15 +344,19 @@ def lm_eval(arguments):
 
 @commands.command()
 @click.argument("model")
-@click.option("--methods", type=Words(), help="Names of `ptq ls methods`, or TRANSFORM+ROUNDING.  [all]")
-@click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`.  [those of the embedded world, or of the paper]")
-@click.option("--fast", is_flag=True, help="A first look: fewer documents and windows. Told in the name of every table.")
+@click.option("--methods", type=Words(), help="Names of `ptq ls methods`, or TRANSFORM+ROUNDING.  [those of the main table]")
+@click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [the embedded world's; for other models the paper's]")
+@click.option("--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences.")
 @options(SCHEME, CALIBRATION)
+@click.option("--severities", type=Words(), metavar="S,S,...",
+              help="Instead of the main table: perplexity with planted outliers of these severities, as a figure.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
+@click.option("--revision", help="Of a model of the hub.")
+@click.option("--fresh", is_flag=True, help="Measure again what is there already.")
 @click.option("--allow-eval-calibration", is_flag=True,
               help="Allow calibration on the text that is evaluated; such numbers are marked.")
-def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, results,
-              allow_eval_calibration):
+def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, severities, results,
+              revision, fresh, allow_eval_calibration):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
     Only what is missing in the results folder is computed; after an interruption the same command continues.
@@ -344,8 +367,43 @@ def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsam
       ptq reproduce tiny-llama-s --fast
       ptq reproduce tiny-llama-m@outliers=8,seed=1 --methods fp16,gptq,smoothquant,cka-hybrid
       ptq reproduce tiny-qwen-m --wbits 3 --tasks world_wiki_ppl,world_math
+      ptq reproduce tiny-llama-m --severities 2,4,8,16,32
       ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
     """
+    steps = [_severity(word) for word in severities or ()]
+    scheme = {key: value for key, value in {"wbits": wbits, "abits": abits, "group_size": group_size}.items() if value is not None}
+
+    from suite import experiments, report
+    from suite.progress import Progress
+    from suite.store import Store
+
+    store = Store(results)
+    given = dict(store=store, options=scheme, mode=mode, calib_source=calib, nsamples=nsamples, seqlen=seqlen, seed=seed,
+                 fast=fast, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision)
+    with Progress(model) as progress:
+        if steps:
+            outcomes = experiments.severity_sweep(model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **given)
+        else:
+            outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
+    for outcome in outcomes:
+        note(outcome.note)
+        written = report.write(store, outcome.setting, outcome.methods, outcome.tasks)
+        click.echo(report.terminal_table(store, outcome.setting, written, outcome.methods, outcome.tasks))
+    plain = outcomes[0]
+    for task in plain.tasks if steps else ():
+        for path in report.severity_figure(store, plain.setting, task, plain.methods):
+            click.echo(f"  {path}")
+    click.echo(f"{sum(o.measured for o in outcomes)} results measured, {sum(o.found for o in outcomes)} found in {results}")
+
+
+def _severity(word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        raise PTQError(f"--severities: {word!r} is no number: write e.g. --severities 2,4,8,16") from None
+    if not 1 < value < 1e6:
+        raise PTQError(f"--severities: {word} found, allowed are numbers above 1; the plain model is always among them")
+    return value
 
 
 @commands.command()
@@ -359,6 +417,22 @@ def report(model, results):
       ptq report tiny-llama-m
       ptq report tiny-llama-m@outliers=8 --results /tmp/results
     """
+    from suite import report as reports
+    from suite.report import data
+    from suite.store import Store
+
+    if not results.is_dir():
+        raise PTQError(f"results folder {str(results)!r} does not exist: give another with --results, "
+                       f"or run `ptq reproduce {model}` first")
+    store = Store(results)
+    known = store.models()
+    recorded = next((name for name in known if name == model or data.planted(name) == data.planted(model)), None)
+    if recorded is None:
+        raise unknown("model with results", model, known or ["none yet"])
+    store.check_writable()
+    for setting in data.settings(store, recorded):
+        written = reports.write(store, setting) + reports.severity_figure(store, setting)
+        click.echo(reports.terminal_table(store, setting, written))
 
 
 # ---------------------------------------------------------------------------------------------- look up

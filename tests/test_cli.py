@@ -194,7 +194,7 @@ def world(tmp_path_factory):
     """Everything that can be wrong with files, made once."""
     base = tmp_path_factory.mktemp("world")
     good = toys.save_toy(base / "good")
-    (base / "text.txt").write_text(toys.make_text(4000, seed=3))
+    (base / "text.txt").write_text(toys.make_text(20_000, seed=3))
     (base / "short.txt").write_text("A short text.")
     (base / "empty.txt").write_text(" \n\n")
     (base / "bytes.txt").write_bytes(b"\xff\xfe\x00\x80" * 50)
@@ -322,7 +322,7 @@ def test_a_bug_shows_its_traceback(ptq, monkeypatch, toy_folder, toy_text_file):
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, toy_folder, toy_text_file):
     process = subprocess.Popen(
         [sys.executable, "-m", "suite.cli", "quantize", "--model", str(toy_folder), "--method", "cka-hybrid", "--calib",
-         str(toy_text_file), "--nsamples", "256", "--seqlen", "512", "--out", "out"],
+         str(toy_text_file), "--nsamples", "1024", "--seqlen", "512", "--out", "out"],
         cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
     time.sleep(6)
     assert process.poll() is None, process.communicate()

@@ -42,7 +42,8 @@ LAYOUT = [
     (4, "suite.store", ""),
     (5, "suite.experiments", "torch lm_eval numpy"),
     (5, "suite.report", "pandas matplotlib tabulate numpy"),
-    (6, "suite.cli", "click torch"),
+    (6, "suite.bench", "torch numpy"),
+    (6, "suite.cli", "click"),
 ]
 ROWS = [module for _, module, _ in LAYOUT]
 OUTSIDE = {module: set(packages.split()) for _, module, packages in LAYOUT}
