@@ -18,6 +18,7 @@ class FP16(Uniform):
     """
 
     scheme: Scheme = Scheme(QuantSpec(UNQUANTIZED_BITS), None)
+    needs_calibration = False
 
     def __post_init__(self):
         if self.scheme.weight.quantized or self.scheme.act:

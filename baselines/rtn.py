@@ -18,6 +18,7 @@ class RTN(Uniform):
     """
 
     scheme: Scheme = Scheme()
+    needs_calibration = False  # told to those who load data; the walk finds out by itself
 
     def quantize(self, layer: LayerView) -> LayerEdit:
         return round_to_nearest(layer, self.scheme)

@@ -66,7 +66,7 @@ def evaluation(method: str, task: str, damage: float = 0.0, n: int = 200, limit:
         result = {"kind": "perplexity", "headline": "perplexity,none",
                   "metrics": {"perplexity,none": {"value": float(np.exp(nll.sum() / 511 / n)), "stderr": None}},
                   "windows": {"nll": nll.tolist(), "tokens": 511},
-                  "info": {"window": 512, "bos": "none", "join": "\\n\\n", "tokens": 511 * n, "data_hash": "da7a" * 16}}
+                  "info": {"window": 512, "bos": "none", "join": "\\n\\n", "tokens": 511 * n, "data_digest": "da7a" * 16}}
     else:
         right = (common.uniform(size=n) < 0.8) & (own.uniform(size=n) >= damage)
         result = {"kind": "mean", "headline": "acc,none", "outcomes": {"acc,none": "".join(map(str, right.astype(int)))},

@@ -142,9 +142,9 @@ def _protocols(comparison: Comparison) -> list[str]:
         info = record.result.get("info", {}) if record else {}
         if info:
             protocol = (f"windows of {info.get('window')} tokens without overlap, BOS: {info.get('bos')}, "
-                        f"documents joined by {info.get('join')}")
+                        f"documents joined by: {info.get('join')}")
             told.setdefault(protocol, []).append(f"{heading(task)} {info.get('tokens'):,} tokens, data sha256 "
-                                                 f"{str(info.get('data_hash'))[:12]}")
+                                                 f"{str(info.get('data_digest'))[:12]}")
     return [f"Perplexity: exp of the mean token NLL, {protocol} ({'; '.join(tasks)})." for protocol, tasks in told.items()]
 
 

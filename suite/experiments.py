@@ -1,0 +1,517 @@
+"""Grids of runs: which results are missing, the runs that give them, and the records they leave.
+
+A grid is a model, some variants of it (a method, its scheme, its calibration) and some tasks. Each variant is quantized
+once, if any of its results is missing, and a record is written as soon as a result is there: an interruption loses the
+task in progress and nothing else.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+import logging
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from suite import calib, checkpoint, method, models, paths, windows
+from suite.errors import PTQError, unknown
+from suite.provenance import Meter, provenance, version
+from suite.store import Record, Setting, Store, canonical, significant
+
+NUMERICS = 1  # to be raised by every change of the suite that changes results: records of before are then not reused
+
+METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka-hybrid")
+EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
+PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
+FAST_LIMIT, FAST_SAMPLES = 64, 16  # documents or windows of each task, calibration sequences
+SMALL_WIDTH = 1024  # below, one thread: two spend their time waiting for each other
+QUANTIZING_LIBRARIES, EVALUATING_LIBRARIES = ("torch", "transformers"), ("torch", "transformers", "lm-eval")
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Which calibration data is asked for; see `suite.calib.load`."""
+
+    source: str
+    nsamples: int
+    seqlen: int
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Variant:
+    """One quantized model, before it is made: everything that decides its weights.
+
+    label: what tables call it: the method's name, and its options where they differ from the mode's.
+    scheme: of the comparison; None for full precision. calibration: None where the method uses none; diagnosed_on: the
+    data on which errors by layer are measured. inputs: "quantized" or "full", see `suite.walk.walk`.
+    """
+
+    label: str
+    method: Any
+    mode: str
+    scheme: str | None
+    calibration: calib.Calibration | None
+    diagnosed_on: calib.Calibration | None
+    inputs: str = "quantized"
+
+    def identity(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
+        """The part that the records of its quantization and of all its evaluations share, without library versions."""
+        used = self.calibration is not None
+        return {"model": dict(model), "method": method.to_config(self.method), "scheme": self.scheme,
+                "mode": self.mode if self.scheme else None, "calibration": told(self.calibration),
+                "input_policy": self.inputs if used else None, "dtype": dtype,
+                "seed": self.calibration.seed if used else None, "numerics": NUMERICS}
+
+    def quantization(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
+        return {"kind": "quantization", **self.identity(model, dtype), "libraries": _libraries(QUANTIZING_LIBRARIES),
+                "diagnosed_on": told(self.diagnosed_on)}
+
+    def evaluation(self, model: Mapping[str, str], dtype: str, task: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kind": "evaluation", **self.identity(model, dtype), "libraries": _libraries(EVALUATING_LIBRARIES),
+                "task": dict(task)}
+
+
+def told(calibration: calib.Calibration | None) -> dict[str, Any] | None:
+    """A calibration set as records tell it: of a file its name, and not where it lies."""
+    if calibration is None:
+        return None
+    source = calibration.source
+    named = source == calib.EMBEDDED or source in calib.HUB_SETS
+    return {**calibration.identity, "source": source if named else Path(source).name}
+
+
+def _libraries(packages: Iterable[str]) -> dict[str, str | None]:
+    return {package: version(package) for package in packages}
+
+
+# ---------------------------------------------------------------------------------------------- the main table
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a grid came to. setting: what the report needs to show it; measured and found: results computed now, and those
+    that the store had; note: what the user should know."""
+
+    model: str
+    setting: Setting
+    methods: tuple[str, ...]
+    tasks: tuple[str, ...]
+    measured: int
+    found: int
+    note: str = ""
+
+
+def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
+              options: Mapping[str, Any] | None = None, mode: str = "matched", calib_source: str | None = None,
+              nsamples: int | None = None, seqlen: int | None = None, seed: int = 0, fast: bool = False,
+              limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
+              fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
+              batch_size: int | None = None, threads: int | None = None, progress: Progress | None = None,
+              runner: Callable[..., Any] | None = None) -> Outcome:
+    """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
+
+    methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
+    mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
+    fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
+    fresh: measure everything again. runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
+
+    Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
+    calibration on an evaluated text; a results folder that cannot be written; whatever `calib.load` raises.
+
+    >>> outcome = reproduce("tiny-llama-s", store=Store("results"), fast=True)  # doctest: +SKIP
+    """
+    store.check_writable()
+    source = models.resolve(model, revision)
+    if source.kind == "quantized":
+        raise PTQError(f"model {model!r} is quantized already: give the full-precision model it was made from")
+    embedded = source.kind == "embedded"
+    limit = FAST_LIMIT if fast and limit is None else limit
+    built = _build(methods or METHODS, options or {}, mode)
+    tests = Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
+
+    source = source.fetched()
+    config = models.read_json(source.folder / "config.json")
+    device = torch.device(device) if device else models.default_device()
+    kept = _name(models.parse_dtype(dtype) or models.default_dtype(device))
+    sampling = _sampling(embedded, config, calib_source, nsamples, seqlen, seed, fast)
+    tokenizer = checkpoint.load_tokenizer(source.folder)
+    variants = _variants(built, options or {}, mode, sampling, calib_source, embedded, tokenizer)
+    overlaps = _overlaps(variants, tests, allow_eval_calibration)
+
+    identity = models.identify(model, revision)
+    shared = next((v.diagnosed_on for v in variants if v.diagnosed_on is not None), None)
+    setting = Setting(identity, str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {}), mode,
+                      told(shared) if mode == "matched" else None, "quantized" if mode == "matched" else None, kept,
+                      seed if mode == "matched" else None, NUMERICS, _libraries(EVALUATING_LIBRARIES), limit, fewshot)
+
+    threads = threads or (1 if config.get("hidden_size", 0) < SMALL_WIDTH else None)
+    runner = runner or Runner
+    todo = []
+    for variant in variants:
+        missing = [task for task in tests.names
+                   if fresh or store.find(variant.evaluation(identity, kept, tests.identity(task))) is None]
+        unquantized = fresh or store.find(variant.quantization(identity, kept)) is None
+        if missing or unquantized:
+            todo.append((variant, missing, unquantized))
+    layers = config.get("num_hidden_layers", 1)
+    steps = _Steps(progress, sum(layers + len(missing) for _, missing, _ in todo))
+    with _threads(threads):
+        for variant, missing, unquantized in todo:
+            run = runner(model, variant, revision=revision, device=device, dtype=kept, batch_size=batch_size)
+            start = steps.done
+            with Meter() as meter:
+                result = run.quantize(lambda done, total, text: steps.at(start + done, f"{variant.label}, layer {done} of {total}"))
+            if unquantized:
+                _put(store, variant.quantization(identity, kept), {"label": variant.label, **result}, meter)
+            steps.at(start + layers, variant.label)
+            for task in missing:
+                steps.at(steps.done, f"{variant.label}, {task}")
+                with Meter() as meter:
+                    result = run.evaluate(tests, task)
+                overlap = {"calibrated_on_this_text": True} if (variant.label, task) in overlaps else {}
+                _put(store, variant.evaluation(identity, kept, tests.identity(task)),
+                     {"label": variant.label, **overlap, **result}, meter)
+                steps.at(steps.done + 1, f"{variant.label}, {task}")
+            del run
+            gc.collect()
+    measured = sum(len(missing) for _, missing, _ in todo)
+    return Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
+                   len(variants) * len(tests.names) - measured, source.note)
+
+
+def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[Any] | None = None,
+                   tasks: Sequence[str] = ("world_wiki_ppl",), outlier_seed: int = 0, **arguments: Any) -> list[Outcome]:
+    """The runs behind the figure of perplexity against outlier severity: the plain model, then each severity.
+
+    arguments: as `reproduce` takes them. `suite.report.severity_figure` draws the figure from the first outcome's setting.
+    """
+    base = models.outliers.parse(model)[0]
+    planted = [f"{base}@outliers={severity:g},seed={outlier_seed}" for severity in severities if severity != 1]
+    return [reproduce(name, methods, tasks, **arguments) for name in (base, *planted)]
+
+
+def _put(store: Store, identity: dict, result: Mapping[str, Any], meter: Meter) -> None:
+    store.put(Record(identity, significant(result), provenance(meter)))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+class _Steps:
+    """Counts steps for a progress callback."""
+
+    def __init__(self, progress: Progress | None, total: int):
+        self._progress, self._total, self.done = progress, total, 0
+
+    def at(self, done: int, text: str) -> None:
+        self.done = done
+        if self._progress:
+            self._progress(done, self._total, text)
+
+
+class _threads:
+    """So many torch threads inside the block; None leaves them alone."""
+
+    def __init__(self, count: int | None):
+        self._count = count
+
+    def __enter__(self):
+        self._before = torch.get_num_threads()
+        if self._count:
+            torch.set_num_threads(self._count)
+
+    def __exit__(self, *_):
+        torch.set_num_threads(self._before)
+
+
+# ---------------------------------------------------------------------------------------------- variants
+
+
+def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str) -> list[tuple[str, Any, method.Native | None]]:
+    """(label, configured method, its published setting or None) of each; all mistakes are reported at once."""
+    if mode not in ("matched", "native"):
+        raise unknown("mode", mode, ("matched", "native"))
+    built, mistakes = [], []
+    for wanted in methods:
+        try:
+            name = wanted if isinstance(wanted, str) else method.name_of(wanted)
+            published = method.native(name) if mode == "native" else None
+            base = dict(published.options) if published else {}
+            scheme = {} if method.lookup(name.split("+")[0])().scheme.weight.quantized is False else options
+            configured = method.build(name, **{**base, **scheme}) if isinstance(wanted, str) else wanted
+            built.append((label(configured, base), configured, published))
+        except PTQError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise PTQError("; ".join(dict.fromkeys(mistakes)))
+    twice = sorted({name for name, *_ in built if sum(name == other for other, *_ in built) > 1})
+    if twice:
+        raise PTQError(f"asked for twice: {', '.join(twice)}")
+    return built
+
+
+def label(configured: Any, base: Mapping[str, Any] | None = None) -> str:
+    """What tables call a method: its name, and those options that differ from its defaults (or from `base`).
+
+    >>> label(method.build("gptq", wbits=3)), label(method.build("gptq", damp=0.05))
+    ('gptq', 'gptq damp=0.05')
+    """
+    config = method.to_config(configured)
+    parts = config.get("parts", [config])
+    changed = []
+    for part in parts:
+        defaults = {**method.options_of(part["method"]), **(base or {})}
+        for key, value in part["options"].items():
+            usual = defaults.get(key)
+            if key not in method.SCHEME_OPTIONS and value != (list(usual) if isinstance(usual, tuple) else usual):
+                changed.append(f"{key}={'|'.join(map(str, value)) if isinstance(value, list) else value}")
+    return " ".join([config["method"], *changed])
+
+
+def _bits(options: Mapping[str, Any]) -> str:
+    scheme = method.Scheme.of(**options)
+    return f"W{scheme.weight.bits}A{scheme.act.bits if scheme.act else 16}"
+
+
+def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsamples: int | None, seqlen: int | None,
+              seed: int, fast: bool) -> Sampling:
+    """The matched mode's calibration set: 64 x 512 embedded tokens, or 128 x 2048 of WikiText-2's training text."""
+    count, length = (64, 512) if embedded else (128, 2048)
+    return Sampling(source or (calib.EMBEDDED if embedded else "wikitext2"),
+                    nsamples or (FAST_SAMPLES if fast else count),
+                    windows.fit(seqlen, config.get("max_position_embeddings"), length), seed)
+
+
+def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], mode: str, matched: Sampling,
+              source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
+    loaded: dict[Sampling, calib.Calibration] = {}
+    variants = []
+    for name, configured, published in built:
+        quantized = configured.scheme.weight.quantized or configured.scheme.act is not None
+        sampling = matched
+        if published is not None:  # the published source, unless another was asked for or the model has its own world
+            sampling = replace(matched, nsamples=min(published.nsamples, matched.nsamples) if embedded else published.nsamples,
+                               seqlen=min(published.seqlen, matched.seqlen),
+                               source=source or (calib.EMBEDDED if embedded else published.source))
+        if quantized and sampling not in loaded:
+            loaded[sampling] = calib.load(sampling.source, tokenizer, sampling.nsamples, sampling.seqlen, sampling.seed)
+        data = loaded.get(sampling) if quantized else None
+        scheme = (str(configured.scheme) if mode == "matched" else _bits(options)) if quantized else None
+        variants.append(Variant(name, configured, mode, scheme, data if getattr(configured, "needs_calibration", True) else None,
+                                data, published.inputs if published else "quantized"))
+    return variants
+
+
+def _overlaps(variants: Sequence[Variant], tests: Tasks, allowed: bool) -> set[tuple[str, str]]:
+    """(label, task) of every variant calibrated on the text that the task evaluates. Raises PTQError unless allowed."""
+    found = {(variant.label, task) for variant in variants if variant.calibration is not None
+             for task in tests.names if tests.evaluates(task, variant.calibration)}
+    if found and not allowed:
+        source = next(v.calibration.source for v in variants if v.calibration is not None)
+        raise PTQError(f"calibration text {source!r} is what {', '.join(sorted({task for _, task in found}))} evaluates: "
+                       f"give another --calib, or --allow-eval-calibration, which marks such numbers")
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- tasks
+
+
+# what a table shows of a task that has several metrics; of any other, its first
+_HEADLINES = ("perplexity,none", "exact_match,strict-match", "acc_norm,none", "acc,none", "pass@1,create_test")
+_SEEDS = {"random": 0, "other": 1234}  # lm-eval's own defaults
+
+
+class Tasks:
+    """Tasks of lm-eval by name, the suite's own among them, and what identifies each.
+
+    limit: only so many documents (or windows) of each; fewshot: examples before each question, None: the task's own;
+    metadata: what tasks may read: {"text": file, "window": tokens} for window tasks.
+
+    Raises PTQError: unknown task (with near misses), a task whose data is not to be had.
+    """
+
+    def __init__(self, names: Sequence[str], limit: int | None = None, fewshot: int | None = None,
+                 metadata: Mapping[str, Any] | None = None):
+        from suite import adapter
+
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task without metadata, and of models in memory
+        self.names, self.limit, self.fewshot, self._metadata = tuple(names), limit, fewshot, dict(metadata or {})
+        own = adapter.task_manager(self._metadata)
+        self._manager = own
+        if any(name not in own.task_index for name in names):
+            self._manager = adapter.task_manager(self._metadata, include_defaults=True)
+        for name in names:
+            if name not in self._manager.task_index:
+                raise unknown("task", name, {*own.all_tasks, *PAPER_TASKS, "any other task of lm-eval"})
+        self._loaded: dict[str, Mapping[str, Any]] = {}
+        self._identities: dict[str, dict[str, Any]] = {}
+
+    def loaded(self, name: str) -> Mapping[str, Any]:
+        """The tasks and groups behind a name, as `lm_eval.evaluate` takes them."""
+        if name not in self._loaded:
+            try:
+                found = self._manager.load([name])
+            except PTQError:
+                raise
+            except (OSError, ValueError, RuntimeError) as error:
+                reason = (str(error).strip() or "no reason given").splitlines()[0]
+                raise PTQError(f"task {name!r} cannot be loaded ({type(error).__name__}: {reason}): its data comes from the "
+                               f"hub, so check the connection, or leave the task out with --tasks") from None
+            for task in found["tasks"].values():
+                if self.fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a YAML is meant, as in lm-eval
+                    task.set_config(key="num_fewshot", value=self.fewshot)
+                elif task.get_config("num_fewshot") is None:
+                    task.set_config(key="num_fewshot", value=0)
+                task.set_fewshot_seed(seed=_SEEDS["other"])
+            self._loaded[name] = found
+        return self._loaded[name]
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """{"name", "version", "digest", "num_fewshot", "fewshot", "limit"}; digest: over the YAML and the documents."""
+        if name not in self._identities:
+            found = self.loaded(name)["tasks"]
+            total, versions, shots = hashlib.sha256(), set(), set()
+            for leaf in sorted(found):
+                task = found[leaf]
+                total.update(canonical([leaf, self._yaml(leaf), self._metadata.get("window")]).encode())
+                for document in task.eval_docs:
+                    total.update(json.dumps(document, sort_keys=True, default=str).encode())
+                versions.add(str(task.VERSION))
+                shots.add(task.get_config("num_fewshot"))
+            self._identities[name] = {"name": name, "version": "|".join(sorted(versions)), "digest": total.hexdigest(),
+                                      "num_fewshot": sorted(shots)[0] if len(shots) == 1 else sorted(shots),
+                                      "fewshot": self.fewshot, "limit": self.limit}
+        return self._identities[name]
+
+    def _yaml(self, leaf: str) -> Any:
+        """The task's configuration as written, functions unresolved; None for one without a file of its own."""
+        from lm_eval.tasks._yaml_loader import load_yaml
+
+        entry = self._manager.task_index.get(leaf)
+        if entry is None or entry.yaml_path is None:
+            return None
+        return json.loads(json.dumps(load_yaml(entry.yaml_path, resolve_func=False, recursive=True), default=str))
+
+    def evaluates(self, name: str, calibration: calib.Calibration) -> bool:
+        """Whether a task evaluates the text that a calibration set was cut from: a window task by the digest of its text,
+        any of the suite's own by the file of its data."""
+        for task in self.loaded(name)["tasks"].values():
+            if getattr(task, "OUTPUT_TYPE", None) == "window_nll":
+                if any(document["text_digest"] == calibration.text_digest for document in task.eval_docs):
+                    return True
+            elif (file := (task.get_config("dataset_kwargs") or {}).get("file")) and (data := paths.tasks() / "data" / file).is_file():
+                if calib.text_digest(data.read_text(encoding="utf-8")) == calibration.text_digest:
+                    return True
+        return False
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+class Runner:
+    """One variant: loaded, quantized and evaluated."""
+
+    def __init__(self, model: str, variant: Variant, revision: str | None = None, device: Any = None, dtype: str | None = None,
+                 batch_size: int | None = None):
+        self._variant, self._batch_size = variant, batch_size
+        self._loaded = models.load(model, dtype=dtype, device=device, revision=revision)
+        self._harness: Any = None
+
+    def quantize(self, progress: Progress | None = None) -> dict[str, Any]:
+        """Quantizes the model in place: {"layers", "bits", "seconds", "peak_memory_mib"}."""
+        from suite.walk import quantize_model
+
+        variant = self._variant
+        with Meter() as meter:
+            layers = quantize_model(variant.method, self._loaded.model, variant.diagnosed_on, progress, diagnostics=True,
+                                    inputs=variant.inputs)
+        weights = sum(layer["weights"] for layer in layers)
+        return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
+                "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"]}
+
+    def evaluate(self, tests: Tasks, name: str) -> dict[str, Any]:
+        """One task through lm-eval: see `outcome_of`."""
+        from lm_eval.evaluator import evaluate
+
+        from suite.adapter import PTQ
+
+        class Quiet(PTQ):  # the suite has a progress line of its own; lm-eval's bars heed no setting
+            def loglikelihood(self, requests, disable_tqdm=True):
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+            def loglikelihood_rolling(self, requests, disable_tqdm=True):
+                return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+            def generate_until(self, requests, disable_tqdm=True):
+                return super().generate_until(requests, disable_tqdm=True)
+
+        if self._harness is None:
+            self._harness = Quiet(self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=self._batch_size)
+        random.seed(_SEEDS["random"])
+        np.random.seed(_SEEDS["other"])
+        torch.manual_seed(_SEEDS["other"])
+        return outcome_of(name, evaluate(lm=self._harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
+                                         bootstrap_iters=1000))
+
+
+def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
+    """What a record keeps of lm-eval's results of one task or group.
+
+    {"kind": "perplexity" or "mean", "headline": the metric that tables show, "metrics": {metric: {"value", "stderr"}}, "info"}
+    and, for the paired tests, "windows": {"nll", "tokens"} or "outcomes": {metric: one outcome per document}: a string
+    of 0 and 1 where all are. A group's outcomes stand one task after another, as "info" tells.
+    """
+    found = results["results"][name]
+    metrics = {key: {"value": float(value), "stderr": _number(found.get(_stderr(key)))} for key, value in found.items()
+               if "," in key and "_stderr" not in key and _number(value) is not None}
+    headline = next((key for key in _HEADLINES if key in metrics), None) or sorted(metrics)[0]
+    leaves = sorted(leaf for leaf in results["samples"] if results["samples"][leaf])
+    sample = results["samples"][leaves[0]][0]
+    answer = sample["filtered_resps"][0]
+    if isinstance(answer, Mapping) and "nll" in answer:  # a window task: one document, which holds all windows
+        return {"kind": "perplexity", "headline": headline, "metrics": {headline: metrics[headline]},
+                "windows": {"nll": answer["nll"], "tokens": answer["predicted"]},
+                "info": {**answer["protocol"], "join": sample["doc"]["join"]}}
+    outcomes = {}
+    for key in metrics:
+        metric, _, filtered = key.partition(",")
+        values = [sample[metric] for leaf in leaves for sample in sorted(results["samples"][leaf], key=lambda s: s["doc_id"])
+                  if sample["filter"] == filtered and metric in sample]
+        if values and all(isinstance(value, (bool, int, float)) for value in map(_plain, values)):
+            outcomes[key] = _compact([float(_plain(value)) for value in values])
+    counts = {leaf: len({sample["doc_id"] for sample in results["samples"][leaf]}) for leaf in leaves}
+    return {"kind": "mean", "headline": headline, "metrics": metrics, "outcomes": outcomes,
+            "info": {"documents": sum(counts.values()), "higher_is_better": _higher(results, name, headline),
+                     **({"tasks": counts} if len(counts) > 1 else {})}}
+
+
+def _stderr(key: str) -> str:
+    metric, _, filtered = key.partition(",")
+    return f"{metric}_stderr,{filtered}"
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+def _compact(values: Sequence[float]) -> str | list[float]:
+    return "".join(str(int(value)) for value in values) if set(values) <= {0.0, 1.0} else list(values)
+
+
+def _higher(results: Mapping[str, Any], name: str, headline: str) -> bool | None:
+    return (results.get("higher_is_better", {}).get(name) or {}).get(headline.partition(",")[0])
