@@ -13,13 +13,16 @@ METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka
 POOL = ("gptq", "awq", "smoothquant")
 
 
-def variant(method: str = "gptq", model: str = "toy", scheme: str = "W4A8 g128", **changes) -> dict:
+def variant(method: str = "gptq", model: str | dict = "toy", scheme: str = "W4A8 g128",
+            options: dict | None = None, **changes) -> dict:
     """The identity shared by the records of one variant."""
     plain = method == "fp16"
-    identity = {"model": {"name": model, "digest": f"digest of {model}"}, "method": {"method": method, "options": {}},
+    named = model if isinstance(model, dict) else {"name": model, "digest": f"digest of {model}"}
+    identity = {"model": named, "method": {"method": method, "options": options or {}},
                 "scheme": None if plain else scheme, "mode": None if plain else "matched",
                 "calibration": None if method in ("fp16", "rtn") else CALIBRATION,
-                "input_policy": None if method in ("fp16", "rtn") else "quantized", "dtype": "float32", "seed": 0,
+                "input_policy": None if method in ("fp16", "rtn") else "quantized", "dtype": "float32",
+                "seed": None if method in ("fp16", "rtn") else 0,
                 "numerics": 1, "libraries": LIBRARIES}
     return identity | changes
 
