@@ -34,11 +34,15 @@ class Calibration:
         n, t = self.tokens.shape
         return {"source": self.source, "digest": self.digest, "nsamples": n, "seqlen": t, "seed": self.seed}
 
-    def batches(self, tokens_per_batch: int = 8192) -> list[slice]:
-        """Slices over the sequences, about `tokens_per_batch` tokens each."""
+    def step(self, tokens_per_batch: int = 8192) -> int:
+        """Sequences per batch: about `tokens_per_batch` tokens."""
+        return max(1, tokens_per_batch // self.tokens.shape[1])
+
+    def sequences(self, tokens: int) -> int:
+        """How many sequences hold at least `tokens` tokens, in whole batches, so that batches stay the same; at most all."""
         n, t = self.tokens.shape
-        step = max(1, tokens_per_batch // t)
-        return [slice(i, min(i + step, n)) for i in range(0, n, step)]
+        batches = -(-tokens // (t * self.step()))
+        return min(n, batches * self.step())
 
 
 def from_tokens(tokens: Tensor, source: str = "given", seed: int = 0, text: str = "") -> Calibration:

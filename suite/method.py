@@ -86,7 +86,8 @@ class LayerView(Protocol):
 
     @property
     def reference(self) -> Tensor:
-        """(n, t, d) output of this layer in the unquantized model. Only for rules with `needs_reference = True`."""
+        """(k, t, d) output of this layer in the unquantized model, for the first k sequences: as many as hold the number
+        of tokens that the rule asks for with its attribute `reference_tokens` (none where it has no such attribute)."""
 
     def weight(self, name: str) -> Tensor:
         """(out, in) weight of a linear, or (d,) of a norm, as this view has it."""
@@ -103,8 +104,9 @@ class LayerView(Protocol):
         """Output of the site's scope on a fixed sample of the calibration tokens, with `params` (names inside the
         layer) in place of the layer's own and no activation rounding."""
 
-    def outputs(self) -> Tensor:
-        """(n, t, d) output of the layer on the calibration inputs, activation rounding included; memoised."""
+    def outputs(self, first: int | None = None) -> Tensor:
+        """(n, t, d) output of the layer on the calibration inputs, or on the first sequences, activation rounding
+        included; memoised."""
 
     def after(self, edit: LayerEdit) -> LayerView:
         """The same layer with `edit` applied, statistics not yet computed. The original is untouched."""

@@ -17,6 +17,7 @@ from suite.cka import CKA
 from suite.errors import PTQError, unknown
 from suite.grid import Scheme
 from suite.method import LayerEdit, LayerView, build
+from suite.walk import REFERENCE_TOKENS
 
 
 def distances(reference: Tensor) -> Callable[[Tensor], dict[str, float]]:
@@ -61,15 +62,16 @@ class Select:
     names: tuple[str, ...]
     rules: tuple[Sequence[Any], ...]
     metric: str
-    needs_reference = True
+    reference_tokens: int = REFERENCE_TOKENS
 
     def quantize(self, layer: LayerView) -> LayerEdit:
-        measure = distances(layer.reference)
+        reference = layer.reference
+        measure = distances(reference)
         scores: dict[str, dict[str, float]] = {}
         best: tuple[float, str, LayerEdit] | None = None
         for name, rules in zip(self.names, self.rules, strict=True):
             edit = layer.quantize_with(rules)
-            scores[name] = measure(layer.after(edit).outputs())
+            scores[name] = measure(layer.after(edit).outputs(len(reference)))
             distance = scores[name][self.metric]
             if distance != distance:
                 raise PTQError(f"layer {layer.index}: {self.metric} of candidate {name} is not a number; "
@@ -91,6 +93,8 @@ class Hybrid:
 
     pool:   names of registered methods; all get the same scheme and their default options.
     metric: one of `METRICS`, or what the record calls it; the record keeps all of them for every candidate.
+    score_tokens: calibration tokens on which outputs are compared, the first ones; the methods themselves see all. The
+            winner's outputs are completed and feed the next layer, so that nothing is computed twice.
     block:  consecutive layers that share one choice (1: the paper's main setting; its ablation has 2, 4, 8).
 
     Raises PTQError: empty pool, a name twice, unknown metric, block below 1.
@@ -103,6 +107,7 @@ class Hybrid:
     pool: tuple[str, ...] = ("gptq", "awq", "smoothquant")
     metric: str = "cka"
     block: int = 1
+    score_tokens: int = REFERENCE_TOKENS
 
     def __post_init__(self):
         if not self.pool or len(set(self.pool)) != len(self.pool):
@@ -111,6 +116,8 @@ class Hybrid:
             raise unknown("metric", self.metric, METRICS)
         if self.block < 1:
             raise PTQError(f"block is {self.block}: allowed are whole numbers from 1")
+        if self.score_tokens < 1:
+            raise PTQError(f"score_tokens is {self.score_tokens}: allowed are whole numbers from 1")
 
     def plan(self, model: nn.Module, calib: Any) -> Sequence[Select]:
         total = model.config.num_hidden_layers
@@ -120,5 +127,6 @@ class Hybrid:
             if len(plans[-1]) != total:
                 raise PTQError(f"pool member {name!r} has a rule for {len(plans[-1])} units, the model has {total} layers: "
                                f"a member of a pool needs one rule per layer")
-        return [Select(self.pool, tuple(plan[i:i + self.block] for plan in plans), self.metric)
+        return [Select(self.pool, tuple(plan[i:i + self.block] for plan in plans), self.metric,
+                       self.score_tokens)
                 for i in range(0, total, self.block)]

@@ -24,7 +24,11 @@ from suite.errors import PTQError
 from suite.linear import QuantLinear, RoundedLinear, TokenRounding
 from suite.method import LayerEdit, LinearQuant, Site
 
+REFERENCE_TOKENS = 16384  # tokens on which layer outputs are compared with the unquantized model's
 SAMPLE_TOKENS = 2048  # tokens on which `scope_outputs` runs; AWQ's own search uses a sample of this order
+
+
+Feed = Callable[..., Tensor]  # the hidden states that enter a layer; called with a number: of the first sequences only
 
 
 class LayerView:
@@ -32,9 +36,9 @@ class LayerView:
 
     layers_spanned = 1
 
-    def __init__(self, index: int, layer: nn.Module, sites: Sequence[Site], kwargs: Mapping[str, Any], batches: list[slice],
-                 inputs: Callable[[], Tensor], reference: Callable[[], Tensor], edit: LayerEdit | None = None):
-        self.index, self.sites, self._layer, self._kwargs, self._batches = index, tuple(sites), layer, kwargs, batches
+    def __init__(self, index: int, layer: nn.Module, sites: Sequence[Site], kwargs: Mapping[str, Any], step: int,
+                 inputs: Feed, reference: Callable[[], Tensor], edit: LayerEdit | None = None):
+        self.index, self.sites, self._layer, self._kwargs, self._step = index, tuple(sites), layer, kwargs, step
         self._inputs, self._reference, self._edit = inputs, reference, edit or LayerEdit()
         self._original = dict(layer.named_parameters())
         self._outputs: Tensor | None = None
@@ -58,22 +62,23 @@ class LayerView:
     def _parameter(self, key: str) -> Tensor:
         return self._edit.params[key] if key in self._edit.params else self._original[key]
 
-    def inputs(self) -> Tensor:
-        """(n, t, d) hidden states that enter the layer."""
-        return self._inputs()
+    def inputs(self, first: int | None = None) -> Tensor:
+        """(n, t, d) hidden states that enter the layer; of the first sequences only, if asked."""
+        return self._inputs(first)
 
     # ------------------------------------------------------------------ running
 
     @torch.no_grad()
-    def outputs(self) -> Tensor:
-        if self._outputs is None:
-            hidden, run = self._prepare()
-            out = torch.empty_like(hidden)
-            with self._rounding():
-                for batch in self._batches:
-                    out[batch] = run(hidden[batch])
-            self._outputs = out
-        return self._outputs
+    def outputs(self, first: int | None = None) -> Tensor:
+        done = 0 if self._outputs is None else len(self._outputs)
+        if self._outputs is None or first is None or first > done:
+            hidden, run = self._prepare(first)
+            if len(hidden) > done:
+                chunks = [self._outputs] if done else []
+                with self._rounding():
+                    chunks += [run(batch) for batch in hidden[done:].split(self._step)]
+                self._outputs = torch.cat(chunks)
+        return self._outputs if first is None else self._outputs[:first]
 
     def stat(self, kind: str, site: Site) -> Tensor:
         if (kind, site.name) not in self._stats:
@@ -85,17 +90,18 @@ class LayerView:
     @torch.no_grad()
     def _gather(self) -> None:
         """One pass over the calibration tokens that fills every statistic of every site, and the sample for AWQ's scopes."""
-        (hidden, run), tokens = self._prepare(), 0
+        hidden, run = self._prepare()
+        batches = hidden.split(self._step)
         handles = [self._layer.get_submodule(site.linears[0]).register_forward_pre_hook(self._collect(site))
                    for site in self.sites]
-        sampled = self._batches[0].stop - self._batches[0].start
+        sampled = len(batches[0])
         try:
             with self._rounding(), contextlib.ExitStack() as sampling:
                 for site in self.sites:
                     sampling.enter_context(self._recorded(site))
-                for k, batch in enumerate(self._batches):
-                    run(hidden[batch])
-                    tokens += hidden[batch].shape[0] * hidden.shape[1]
+                for k, batch in enumerate(batches):
+                    with contextlib.suppress(_Seen):
+                        run(batch)
                     if k == 0:
                         sampling.close()
         finally:
@@ -103,7 +109,7 @@ class LayerView:
                 handle.remove()
         for site in self.sites:
             for kind in ("gram", "absmean"):
-                self._stats[kind, site.name] /= tokens
+                self._stats[kind, site.name] /= hidden.shape[0] * hidden.shape[1]
         keep = max(1, min(sampled, SAMPLE_TOKENS // hidden.shape[1]))
         self._scope_calls = {name: (tuple(_head(a, keep, sampled) for a in args), {k: _head(a, keep, sampled) for k, a in kw.items()})
                              for name, (args, kw) in self._scope_calls.items()}
@@ -117,6 +123,8 @@ class LayerView:
                 self._stats[key] = self._stats[key].add_(value) if key in self._stats else value
             largest, key = magnitude.amax(0), ("absmax", site.name)
             self._stats[key] = torch.maximum(self._stats[key], largest) if key in self._stats else largest
+            if site == self.sites[-1]:
+                raise _Seen
 
         return hook
 
@@ -143,10 +151,10 @@ class LayerView:
         out = functional_call(self._layer.get_submodule(site.scope), merged, args, kwargs)
         return out[0] if isinstance(out, tuple) else out
 
-    def _prepare(self) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def _prepare(self, first: int | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The inputs and a function that runs the layer. Both are computed lazily, by running parts of the model: that
         must be over before hooks are set, which would count those runs as well."""
-        hidden, params, kwargs = self.inputs(), dict(self._edit.params), dict(self._kwargs)
+        hidden, params, kwargs = self.inputs(first), dict(self._edit.params), dict(self._kwargs)
 
         def run(batch: Tensor) -> Tensor:
             out = functional_call(self._layer, params, (batch,), kwargs)
@@ -176,7 +184,7 @@ class LayerView:
 
     def after(self, edit: LayerEdit) -> LayerView:
         if _key(edit) not in self._children:
-            child = LayerView(self.index, self._layer, self.sites, self._kwargs, self._batches, self._inputs,
+            child = LayerView(self.index, self._layer, self.sites, self._kwargs, self._step, self._inputs,
                               self._reference, self._edit | edit)
             self._children[_key(edit)] = (edit, child)
         return self._children[_key(edit)][1]
@@ -185,15 +193,14 @@ class LayerView:
         """Frees the outputs of a variation that is no longer of interest."""
         self._children.pop(_key(edit), None)
 
-    def fed_by(self, inputs: Callable[[], Tensor]) -> LayerView:
+    def fed_by(self, inputs: Feed) -> LayerView:
         """The same layer with other inputs."""
-        return LayerView(self.index, self._layer, self.sites, self._kwargs, self._batches, inputs, self._reference, self._edit)
+        return LayerView(self.index, self._layer, self.sites, self._kwargs, self._step, inputs, self._reference, self._edit)
 
-    def settled(self, edit: LayerEdit) -> Callable[[], Tensor]:
+    def settled(self, edit: LayerEdit) -> Feed:
         """The outputs after `edit` was written: those already computed, else what the written layer will put out."""
-        child = self.after(edit)
-        written = child if child._outputs is not None else LayerView(
-            self.index, self._layer, self.sites, self._kwargs, self._batches, self._inputs, self._reference)
+        written = LayerView(self.index, self._layer, self.sites, self._kwargs, self._step, self._inputs, self._reference)
+        written._outputs = self.after(edit)._outputs  # what was scored is not run again, the rest runs as written
         return _Once(written.outputs)
 
     def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
@@ -240,8 +247,8 @@ class BlockView:
     def reference(self) -> Tensor:
         return self.layers[-1].reference
 
-    def inputs(self) -> Tensor:
-        return self.layers[0].inputs()
+    def inputs(self, first: int | None = None) -> Tensor:
+        return self.layers[0].inputs(first)
 
     def weight(self, name: str) -> Tensor:
         layer, name = self._at(name)
@@ -259,8 +266,8 @@ class BlockView:
         layer, inner = self._site(site)
         return layer.scope_outputs(inner, {k.split(".", 1)[1]: v for k, v in params.items()})
 
-    def outputs(self) -> Tensor:
-        return self.layers[-1].outputs()
+    def outputs(self, first: int | None = None) -> Tensor:
+        return self.layers[-1].outputs(first)
 
     def after(self, edit: LayerEdit) -> BlockView:
         if _key(edit) not in self._children:
@@ -288,13 +295,12 @@ class BlockView:
         self._children[_key(whole)] = (whole, self._of(layers))  # its outputs are there already
         return whole
 
-    def settled(self, edit: LayerEdit) -> Callable[[], Tensor]:
-        last = self.after(edit).layers[-1]
-        if last._outputs is not None:
-            return _Once(last.outputs)
-        feed = self.layers[0].inputs
-        for layer, _ in self.parts(edit):
-            feed = layer.fed_by(feed).settled(LayerEdit())
+    def settled(self, edit: LayerEdit) -> Feed:
+        feed: Feed = self.layers[0].inputs
+        for edited in self.after(edit).layers:
+            written = LayerView(edited.index, edited._layer, edited.sites, edited._kwargs, edited._step, feed, edited._reference)
+            written._outputs = edited._outputs
+            feed = _Once(written.outputs)
         return feed
 
     def parts(self, edit: LayerEdit) -> list[tuple[LayerView, LayerEdit]]:
@@ -336,12 +342,13 @@ def layer_kwargs(model: nn.Module, tokens: Tensor) -> list[dict[str, Any]]:
     return [{k: v for k, v in kwargs.items() if k != "hidden_states"} for _, kwargs in calls]
 
 
-def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference: bool = False,
+def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference: int | bool = 0,
          inputs: str = "quantized") -> Iterator[Any]:
     """Yields a view of each unit of `block` consecutive decoder layers, first to last.
 
+    reference: of how many calibration sequences the unquantized model's hidden states are kept, for views whose
+    `reference` is read; True: of all.
     inputs: "quantized": what the layers as committed so far put out; "full": what the unquantized model puts out.
-    reference: keep the unquantized model's hidden states, for views whose `reference` is read.
 
     Raises PTQError for an unknown input policy or a block size below 1; a view raises it when calibration data is
     needed and `calib` is None.
@@ -354,24 +361,30 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
     device = arch.embedding(model).weight.device
     kwargs = _Once(lambda: layer_kwargs(model, _tokens(calib, device)))
     embedded = _Once(lambda: arch.embedding(model)(_tokens(calib, device)).detach())
-    batches = calib.batches() if calib is not None else []
-    keep_reference = reference or inputs == "full"
+    step = calib.step() if calib is not None else 1
+    kept = len(calib.tokens) if calib is not None and (reference is True or inputs == "full") else int(reference)
 
-    quantized_feed, full_feed = embedded, embedded
+    quantized_feed: Feed = embedded
+    full_feed: Feed = _Once(lambda: embedded(kept))
     for start in range(0, len(layers), block):
         views = []
         for i in range(start, min(start + block, len(layers))):
-            full = LayerView(i, layers[i], sites, _Lazy(kwargs, i), batches, full_feed, _no_reference)
-            output = _Once(full.outputs) if keep_reference else _no_reference
+            output = _no_reference
+            if kept:
+                output = _Once(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, full_feed, _no_reference).outputs)
             feed = full_feed if inputs == "full" else quantized_feed
-            views.append(LayerView(i, layers[i], sites, _Lazy(kwargs, i), batches, feed, output))
+            views.append(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, feed, output))
             full_feed = output
         view = views[0] if block == 1 else BlockView(views)
-        if keep_reference:
-            views[-1].reference  # now, while the layer is unquantized
+        if kept:
+            view.reference  # now, while the layers are unquantized
         yield view
         quantized_feed = getattr(view, "committed", None) or _Once(view.outputs)
         del views, view  # with them go the statistics and the candidates' outputs
+
+
+class _Seen(Exception):
+    """Ends the run of a layer once its last site has been seen."""
 
 
 def _key(edit: LayerEdit) -> tuple[int, int]:
@@ -385,10 +398,10 @@ class _Once:
     def __init__(self, compute: Callable[[], Any]):
         self._compute, self._value = compute, None
 
-    def __call__(self):
+    def __call__(self, first: int | None = None):
         if self._compute is not None:
             self._value, self._compute = self._compute(), None
-        return self._value
+        return self._value if first is None else self._value[:first]
 
 
 class _Lazy(Mapping):
@@ -414,7 +427,7 @@ def _tokens(calib: Calibration | None, device: torch.device) -> Tensor:
 
 
 def _no_reference() -> Tensor:
-    raise RuntimeError("the unquantized outputs were not kept: set needs_reference = True on the rule that reads them")
+    raise RuntimeError("the unquantized outputs were not kept: set reference_tokens on the rule that reads them")
 
 
 def _head(value: Any, keep: int, n: int) -> Any:
@@ -505,8 +518,8 @@ def quantize_model(method: Any, model: nn.Module, calib: Calibration | None, pro
         if len(rules) != -(-total // block):
             raise PTQError(f"the plan has {len(rules)} rules, the model {total} layers in units of {block}: "
                            f"{-(-total // block)} rules expected")
-        reference = diagnostics or any(getattr(rule, "needs_reference", False) for rule in rules)
-        reference = reference and calib is not None
+        reference = max([REFERENCE_TOKENS if diagnostics else 0] + [getattr(rule, "reference_tokens", 0) for rule in rules])
+        reference = calib.sequences(reference) if calib is not None else 0
         records: list[dict[str, Any]] = []
         for view, rule in zip(walk(model, calib, block, reference, inputs), rules):
             start = time.perf_counter()
@@ -540,7 +553,8 @@ def _records(view: Any, edit: LayerEdit, seconds: float, diagnostics: bool) -> l
         records.append({"layer": layer_view.index, "seconds": seconds / view.layers_spanned, "weights": weights,
                         "bits": bits / weights, **part.note})
     if diagnostics:
-        out, reference = view.committed(), view.reference
+        reference = view.reference
+        out = view.committed(len(reference))
         difference = (out - reference).double().pow(2).sum() / reference.double().pow(2).sum()
         records[-1]["errors"] = {"cka": CKA(reference).distance(out), "mse": float(difference)}
     return records
