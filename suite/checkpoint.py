@@ -1,12 +1,13 @@
 """A quantized model on disk: Hugging Face's configuration and tokenizer, safetensors with the codes, and ptq.json.
 
     config.json generation_config.json tokenizer.json ...   as Hugging Face writes them
-    model.safetensors      of every quantized linear: codes (out, in) int8, scale (out, groups) bfloat16,
+    quantized.safetensors  of every quantized linear: codes (out, in) int8, scale (out, groups) bfloat16,
                            zero (out, groups) int8 where the grid has one, bias; all other weights as they were in memory
     ptq.json               format, method and scheme of the run, the grid of every linear, checksum of the weights
 
 A code takes a whole byte whatever its bits: this is the suite's own form, exact and simple to read back; the packed
-form that engines load is written by the export.
+form that engines load is written by the export. The weights have a name of their own because other loaders, where they find
+a model.safetensors, fill the linears that are missing in it with random numbers and go on.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from suite.grid import Grid, QuantSpec
 from suite.linear import QuantLinear, RoundedLinear, TokenRounding
 
 FORMAT = 1
-RECORD, WEIGHTS = "ptq.json", "model.safetensors"
+RECORD, WEIGHTS = "ptq.json", "quantized.safetensors"
 _ADVICE = "quantize it again"
 
 
@@ -114,8 +115,6 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, nn
     from safetensors.torch import save_file
 
     config = model.config.to_dict()
-    # Other loaders would fill the linears they do not find with random numbers; this makes them refuse.
-    config["quantization_config"] = {"quant_method": "ptq-suite", "format": FORMAT}
     config.pop("_name_or_path", None)
     write_json(folder / "config.json", config)
     if getattr(model, "generation_config", None) is not None:
@@ -216,8 +215,6 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
     tensors = _read_weights(folder / WEIGHTS, found["sha256"])
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config  # ours, only there to stop other loaders
         stored = getattr(torch, found["dtype"])
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=stored)
