@@ -125,7 +125,11 @@ class Transform(Protocol):
 
 
 class Method(Protocol):
-    """An entry of the benchmark: a frozen dataclass of hyper-parameters, all with defaults, one of them `scheme`."""
+    """An entry of the benchmark: a frozen dataclass of hyper-parameters, all with defaults, one of them `scheme`.
+
+    Class attributes, where they differ from the usual: `needs_calibration = False` if no data decides its weights;
+    `expected_failures = {check: reason}` for contract checks (suite.testing) that it cannot pass.
+    """
 
     scheme: Scheme
 
