@@ -48,7 +48,7 @@ test: .venv/stamp
 	@$(RUN) -m pytest $(ARGS)
 
 bench: .venv/stamp
-	@$(RUN) -m bench $(ARGS)
+	@$(RUN) -m suite.bench $(ARGS)
 
 lint: .venv/stamp
 	@$(RUN) -m ruff check .

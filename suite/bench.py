@@ -1,10 +1,13 @@
-"""`ptq bench`: the speed of the suite as ratios measured in one run, on one model, with one number of threads.
+"""`make bench`: the speed of the suite as ratios measured in one run, on one model, with one number of threads.
 
-Ratios, not seconds: they hold on a busy or a slow machine too. Each is printed with the bound it is meant to keep.
+    python -m suite.bench --model tiny-llama-m --threads 2
+
+Ratios, not seconds: they hold on a slow machine too. Each is printed with the bound it is meant to keep.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import statistics
@@ -132,21 +135,15 @@ def selection(model: nn.Module, calib: Calibration, print_: Callable[[str], None
         print_(f"             {s:6.2f} s  {s / floor:5.2f} of the floor  {name}")
 
     depths = sorted({max(1, len(arch.layers(model)) * k // 4) for k in (1, 2, 3, 4)})
-    by_depth = [quantize_seconds(shortened(model, d), calib, "cka-hybrid") for d in depths]
-    by_pool = [quantize_seconds(model, calib, "cka-hybrid", pool=pool)
-               for pool in ("smoothquant", "smoothquant|rtn", "smoothquant|rtn|smoothquant+gptq", "smoothquant|rtn|smoothquant+gptq|gptq")]
-    fits = {"layers": linear_fit(depths, by_depth)}
-    # candidates differ in price: what must be linear is the sum of their own times against the time of the pool
-    rtn, smooth, both, gptq = by_pool[1] - by_pool[0], by_pool[0], by_pool[2] - by_pool[1], by_pool[3] - by_pool[2]
-    fits["same candidate, more often"] = linear_fit(*_repeated_candidate(model, calib))
+    by_depth = [quantize_seconds(shortened(model, depth), calib, "cka-hybrid") for depth in depths]
+    fits = {"layers": linear_fit(depths, by_depth), "candidates": linear_fit(*_repeated_candidate(model, calib))}
     for what, (slope, intercept, r2) in fits.items():
-        print_(f"growth:      {what}: {slope:.3f} s each + {intercept:.3f} s, R^2 {r2:.3f} (linear is 1)")
-    print_(f"added cost of a candidate: rtn {rtn:.2f} s, smoothquant+gptq {both:.2f} s, gptq {gptq:.2f} s; smoothquant alone {smooth:.2f} s")
+        print_(f"growth:      {slope:.3f} s for each of the {what} + {intercept:.3f} s, R^2 {r2:.3f} (1 is a line)")
     return {"single": single, "hybrid": hybrid, "floor": floor, "stages": dict(spent), "fits": fits, "rate": rate}
 
 
 def _repeated_candidate(model: nn.Module, calib: Calibration) -> tuple[list[float], list[float]]:
-    """Seconds of a selection among 1 to 4 candidates that cost the same."""
+    """Seconds of a selection among 1 to 4 candidates of the same price, so that what grows is their number alone."""
     rule = build("smoothquant")
     counts, taken = [1, 2, 3, 4], []
     for count in counts:
@@ -160,3 +157,54 @@ def _repeated_candidate(model: nn.Module, calib: Calibration) -> tuple[list[floa
 
         taken.append(seconds(lambda: walk.quantize_model(Repeated(), copy.deepcopy(model), calib)))
     return counts, taken
+
+
+def evaluation(name: str, print_: Callable[[str], None] = print, limit: int = 96) -> dict:
+    """What a quantized model costs to evaluate, against the full-precision model: the same tokens through lm-eval, and
+    generation of a fixed number of tokens."""
+    from suite import experiments, models
+    from suite.adapter import PTQ
+
+    loaded = {kind: models.load(name) for kind in ("fp16", "rtn")}
+    walk.quantize_model(build("rtn"), loaded["rtn"].model, None)
+    harness = {kind: PTQ(one.model, tokenizer=one.tokenizer) for kind, one in loaded.items()}
+    tests = experiments.Tasks([task for task in experiments.EMBEDDED_TASKS if task != "world_math"], limit)
+    prompt = torch.randint(10, 500, (32, 64))
+    ratios = {}
+    for task in (*tests.names, "generation"):
+        def run(kind: str) -> None:
+            if task == "generation":
+                loaded[kind].model.generate(prompt, max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
+            else:
+                experiments.evaluate_quietly(harness[kind], tests, task)
+
+        taken: dict[str, list[float]] = {"fp16": [], "rtn": []}
+        for _ in range(3):  # in turns, so that what else the machine does falls on both
+            for kind in taken:
+                taken[kind].append(seconds(lambda: run(kind), 1))
+        ratios[task] = statistics.median(taken["rtn"]) / statistics.median(taken["fp16"])
+        print_(f"evaluation:  {task:15} {statistics.median(taken['fp16']):6.2f} s in full precision, "
+               f"{ratios[task]:.2f} times that quantized (bound 1.25)")
+    return ratios
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Speed of the suite, as ratios measured in one run.")
+    parser.add_argument("--model", default="tiny-llama-m", help="a model's name or folder [tiny-llama-m]")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every part; 1 suits small models [1]")
+    parser.add_argument("--nsamples", type=int, default=64, help="calibration sequences [64]")
+    parser.add_argument("--seqlen", type=int, default=512, help="tokens of each [512]")
+    arguments = parser.parse_args()
+
+    from suite import calib, models
+
+    torch.set_num_threads(arguments.threads)
+    loaded = models.load(arguments.model)
+    data = calib.load(calib.EMBEDDED, loaded.tokenizer, arguments.nsamples, arguments.seqlen)
+    print(f"{arguments.model} on {arguments.threads} threads, torch {torch.__version__}")
+    selection(loaded.model, data, lambda line: print(line, flush=True))
+    evaluation(arguments.model, lambda line: print(line, flush=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,6 +7,7 @@ task in progress and nothing else.
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import json
@@ -442,27 +443,25 @@ class Runner:
 
     def evaluate(self, tests: Tasks, name: str) -> dict[str, Any]:
         """One task through lm-eval: see `outcome_of`."""
-        from lm_eval.evaluator import evaluate
-
-        from suite.adapter import PTQ
-
-        class Quiet(PTQ):  # the suite has a progress line of its own; lm-eval's bars heed no setting
-            def loglikelihood(self, requests, disable_tqdm=True):
-                return super().loglikelihood(requests, disable_tqdm=True)
-
-            def loglikelihood_rolling(self, requests, disable_tqdm=True):
-                return super().loglikelihood_rolling(requests, disable_tqdm=True)
-
-            def generate_until(self, requests, disable_tqdm=True):
-                return super().generate_until(requests, disable_tqdm=True)
-
         if self._harness is None:
-            self._harness = Quiet(self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=self._batch_size)
-        random.seed(_SEEDS["random"])
-        np.random.seed(_SEEDS["other"])
-        torch.manual_seed(_SEEDS["other"])
-        return outcome_of(name, evaluate(lm=self._harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
-                                         bootstrap_iters=1000))
+            from suite.adapter import PTQ
+
+            self._harness = PTQ(self._loaded.model, tokenizer=self._loaded.tokenizer, batch_size=self._batch_size)
+        return outcome_of(name, evaluate_quietly(self._harness, tests, name))
+
+
+def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]:
+    """lm-eval's results of one task, from fixed seeds, without its progress bars: they heed no setting, and the suite
+    has a line of its own."""
+    from lm_eval.evaluator import evaluate
+
+    for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+        silent = functools.partial(getattr(type(harness), request), harness, disable_tqdm=True)
+        setattr(harness, request, lambda requests, silent=silent, **_: silent(requests))
+    random.seed(_SEEDS["random"])
+    np.random.seed(_SEEDS["other"])
+    torch.manual_seed(_SEEDS["other"])
+    return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True, bootstrap_iters=1000)
 
 
 def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
