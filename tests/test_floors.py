@@ -35,7 +35,7 @@ LAYOUT = [
     (2, "suite.walk", "torch"),
     (3, "suite.select", "torch"),
     (3, "baselines", "torch"),
-    (4, "suite.testing", "torch transformers numpy lm_eval pytest"),
+    (4, "suite.testing", "torch transformers tokenizers numpy lm_eval pytest"),
     (3, "suite.checkpoint", "torch transformers safetensors"),
     (3, "suite.models", "torch transformers safetensors huggingface_hub"),
     (3, "suite.windows", "torch"),
