@@ -230,6 +230,8 @@ def options_of(name: str) -> dict[str, Any]:
         return {k: v for part in name.split("+") for k, v in options_of(part).items()}
     found: dict[str, Any] = {}
     for f in dataclasses.fields(lookup(name)):
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise PTQError(f"field {f.name!r} of method {name!r} has no default: every option of a method needs one")
         default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
         found.update(default.options if f.name == "scheme" else {f.name: default})
     return found

@@ -369,7 +369,7 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
     for start in range(0, len(layers), block):
         views = []
         for i in range(start, min(start + block, len(layers))):
-            output = _no_reference
+            output = _no_reference if calib is not None else embedded  # which says that calibration data is needed
             if kept:
                 output = _Once(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, full_feed, _no_reference).outputs)
             feed = full_feed if inputs == "full" else quantized_feed
