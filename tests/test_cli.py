@@ -186,6 +186,112 @@ def test_overwrite(ptq, tmp_path, toy_folder, toy_text_file):
     assert (tmp_path / "q" / "ptq.json").read_text() != before
 
 
+# ---------------------------------------------------------------------------------------------- reproduce, report, lm-eval
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, toy_folder, toy_text_file):
+    """A small comparison, run once: the folder it was run in, and what was printed."""
+    folder = tmp_path_factory.mktemp("measured")
+    done = ptq_process("reproduce", toy_folder, *SMALL, "--calib", toy_text_file, "--methods", "fp16,rtn,cka-hybrid", cwd=folder)
+    return folder, done
+
+
+SMALL = ["--tasks", "world_wiki_ppl,world_events", "--fast", "--nsamples", "4", "--seqlen", "64"]
+
+
+def test_reproduce_prints_the_table_and_the_paths(measured):
+    folder, done = measured
+    assert done.returncode == 0 and done.stderr == ""
+    assert all(re.search(rf"^{re.escape(name)} ", done.stdout, re.MULTILINE) for name in ("fp16", "rtn", "cka-hybrid"))
+    told = re.findall(r"^ +(results/.*)$", done.stdout, re.MULTILINE)
+    assert {Path(path).suffix for path in told} == {".md", ".csv", ".tex", ".png", ".svg"}
+    assert all((folder / path).stat().st_size > 100 for path in told)
+    assert "6 results measured, 0 found" in done.stdout
+    assert not [name for name in left_in(folder) if name.endswith(".tmp")]
+
+
+def copied(measured, tmp_path):
+    shutil.copytree(measured[0] / "results", tmp_path / "results")
+
+
+def test_a_second_run_measures_only_what_is_missing(ptq, measured, tmp_path, toy_folder, toy_text_file):
+    copied(measured, tmp_path)
+    before = {name: (tmp_path / name).read_bytes() for name in left_in(tmp_path) if (tmp_path / name).is_file()}
+    run = ["reproduce", toy_folder, *SMALL, "--calib", toy_text_file, "--methods"]
+    status, out, err = ptq(*run, "fp16,rtn,cka-hybrid")
+    assert (status, err) == (0, "") and "0 results measured, 6 found" in out
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    next((tmp_path / "results").rglob("rtn-*world_events*.json")).unlink()
+    assert "1 results measured, 5 found" in ptq(*run, "fp16,rtn,cka-hybrid")[1]
+    assert "2 results measured, 2 found" in ptq(*run, "fp16,rtn", "--wbits", "3")[1]  # another scheme shares FP16 alone
+
+
+def test_report_draws_the_same_from_records_alone(ptq, measured, tmp_path, toy_folder):
+    copied(measured, tmp_path)
+    drawn = {p.name: p.read_bytes() for p in (tmp_path / "results").rglob("*") if p.is_file() and p.suffix != ".json"}
+    for name in drawn:
+        next((tmp_path / "results").rglob(name)).unlink()
+    status, out, err = ptq("report", toy_folder.name)
+    assert (status, err) == (0, "")
+    again = {p.name: p.read_bytes() for p in (tmp_path / "results").rglob("*") if p.is_file() and p.suffix != ".json"}
+    assert again == drawn and out.split("\n")[0] in measured[1].stdout
+
+
+@pytest.mark.slow
+def test_severities_draw_their_figure(ptq, tmp_path, toy_folder, toy_text_file):
+    status, out, err = ptq("reproduce", toy_folder, "--fast", "--nsamples", 4, "--seqlen", 64, "--calib", toy_text_file,
+                           "--methods", "fp16,rtn", "--severities", "4,16")
+    assert (status, err) == (0, "") and "outliers" in out
+    figures = [line.strip() for line in out.splitlines() if "severity" in line and line.strip().endswith(".png")]
+    assert figures and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues(tmp_path, toy_folder, toy_text_file):
+    """Killed by Ctrl-C after its first record, then run again: only the rest is measured."""
+    run = ["reproduce", str(toy_folder), "--tasks", "world_wiki_ppl,world_chat_ppl,world_events", "--fast", "--nsamples", "4",
+           "--seqlen", "64", "--calib", str(toy_text_file), "--methods", "fp16,rtn,gptq"]
+    process = subprocess.Popen([sys.executable, "-m", "suite.cli", *run], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    deadline = time.monotonic() + 100
+    while not list((tmp_path / "results").rglob("*ppl*.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    kept = len(list((tmp_path / "results").rglob("*.json"))) - len(list((tmp_path / "results").rglob("*quantization*.json")))
+    assert process.returncode == 130 and out == "", (process.returncode, out, err)
+    assert re.fullmatch(r"ptq: interrupted: [^\n]*continues from there\n", err), err
+    assert 1 <= kept < 9 and not list((tmp_path / "results").rglob("*.tmp"))
+    done = ptq_process(*run, cwd=tmp_path)
+    assert done.returncode == 0 and f"{9 - kept} results measured, {kept} found" in done.stdout
+
+
+@pytest.mark.slow
+def test_lm_eval_gives_the_numbers_of_reproduce(measured, toy_folder, toy_text_file, tmp_path):
+    done = ptq_process("lm-eval", "run", "--model", "ptq", "--model_args",
+                       f"pretrained={toy_folder},method=rtn,wbits=4,abits=8,calib={toy_text_file},nsamples=4,seqlen=64",
+                       "--tasks", "world_wiki_ppl,world_events", "--limit", "64", "--output_path", "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
+    for task in ("world_wiki_ppl", "world_events"):
+        record = json.loads(next((measured[0] / "results").rglob(f"rtn-*{task}*.json")).read_text())
+        for metric, told in record["result"]["metrics"].items():
+            assert found[task][metric] == pytest.approx(told["value"], rel=1e-5)
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("lm-eval run --model ptq --model_args pretrained={good},method=gtpq --tasks world_events", "gptq"),
+    ("lm-eval run --model ptq --model_args pretrained={good},method=gptq,dmap=1 --tasks world_events", "damp"),
+    ("lm-eval run --model ptq --model_args pretrained=tiny-lama-s --tasks world_events", "tiny-llama-s"),
+])
+def test_a_mistake_for_lm_eval_is_one_line(ptq, tmp_path, world, line, expected):
+    status, out, err = ptq(*line.format(good=world / "good").split())
+    assert status == 2 and expected in err
+    assert [x for x in err.splitlines() if x.startswith("ptq: error: ")] == err.splitlines()[-1:]
+    assert left_in(tmp_path) == []
+
+
 # ---------------------------------------------------------------------------------------------- mistakes
 
 
@@ -275,6 +381,19 @@ MISTAKES = {
     "sequence longer than the model": ("quantize --model {good} --method gptq --calib {text} --seqlen 4096 --out out", "512"),
     "quantized folder for quantize": ("quantize --model {good} --method rtn --out {good}", "exists"),
     "out is a file": ("quantize --model {good} --method rtn --out {a_file}", "file"),
+    "reproduce: unknown model": ("reproduce tiny-lama-s", "tiny-llama-s"),
+    "reproduce: unknown method": ("reproduce {good} --methods gtpq --tasks world_events", "gptq"),
+    "reproduce: method twice": ("reproduce {good} --methods gptq,gptq --tasks world_events", "twice"),
+    "reproduce: unknown task": ("reproduce {good} --tasks world_evnts", "world_events"),
+    "reproduce: bits": ("reproduce {good} --tasks world_events --wbits 12", "2 to 8"),
+    "reproduce: empty list": ("reproduce {good} --tasks ,", "empty"),
+    "reproduce: results below a file": ("reproduce {good} --tasks world_events --results {a_file}/x", "a_file"),
+    "reproduce: calibration is evaluated": ("reproduce {good} --tasks world_wiki_ppl --calib {evaluated} {small}",
+                                            "--allow-eval-calibration"),
+    "reproduce: severity is no number": ("reproduce {good} --severities 2,many", "many"),
+    "reproduce: severity out of range": ("reproduce {good} --severities 0.5", "above 1"),
+    "report: no results folder": ("report tiny-llama-s", "results"),
+    "report: unknown model": ("report tiny-lama --results {nothing}", "tiny-lama"),
     "out below a file": ("quantize --model {good} --method rtn --out {a_file}/x", "a_file"),
 }
 
@@ -282,14 +401,14 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_clear_line(ptq, tmp_path, world, case):
     line, expected = MISTAKES[case]
-    files = {path.stem: path for path in world.iterdir()}
+    files = {path.stem: path for path in world.iterdir()} | {"evaluated": ROOT / "tasks" / "data" / "world_wiki_test.txt"}
     before = left_in(world)
     status, out, err = ptq(*line.format(**files, small="--nsamples 4 --seqlen 64").split())
     assert status == 2
     assert out == ""
     assert re.fullmatch(r"ptq: error: [^\n]+\n", err), err
     assert expected in err
-    assert left_in(tmp_path) == [] and left_in(world) == before
+    assert [name for name in left_in(tmp_path) if name != "results"] == [] and left_in(world) == before
 
 
 def test_a_hub_model_without_a_hub_fails_at_once(ptq, tmp_path, world, monkeypatch):
