@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from suite import hub
 from suite.errors import PTQError, unknown
 
 EMBEDDED = "embedded"
@@ -108,14 +109,8 @@ def read_text(source: str) -> str:
 
 def _hub(path: str, config: str | None, split: str, field: str, join: str, rows: int | None = None, **options) -> Callable[[], str]:
     def fetch() -> str:
-        import datasets
-
-        try:
-            data = datasets.load_dataset(path, config, split=split, **options)
-        except Exception as error:  # the client raises dozens of kinds; all mean that the set is not to be had
-            raise PTQError(f"calibration set {path!r} cannot be loaded from the hub ({type(error).__name__}): "
-                           f"check the connection, or pass --calib {EMBEDDED} or a text file") from None
-        return join.join(data[field][:rows] if rows else data[field])
+        data = hub.dataset(path, config, split, f"--calib {EMBEDDED} or a text file", **options)
+        return join.join(data[field] if rows is None else data[:rows][field])
 
     return fetch
 
