@@ -62,7 +62,8 @@ class CKA:
         return total
 
     def distance(self, candidate: Tensor) -> float:
-        """1 - CKA between the reference and a candidate of the same shape. NaN if either is constant.
+        """1 - CKA between the reference and a candidate of the same shape; 1 if the candidate is constant, NaN if the
+        reference is, or if a value is not finite.
 
         Raises ValueError for another shape.
         """

@@ -301,8 +301,9 @@ class LosesABias(Sound):
     """More than rounding: the model is changed at any number of bits."""
 
     def quantize(self, layer):
-        return super().quantize(layer) | LayerEdit({"post_attention_layernorm.weight":
-                                                    layer.weight("post_attention_layernorm") * 1.2})
+        return super().quantize(layer) | LayerEdit(
+            {"post_attention_layernorm.weight": layer.weight("post_attention_layernorm") * 1.2}
+        )
 
 
 class FirstSequence(Sound):
@@ -357,8 +358,9 @@ class HidesScales(Sound):
     def quantize(self, layer):
         edit = super().quantize(layer)
         per_row = dataclasses.replace(self.scheme.weight, group_size=None)
-        return edit | LayerEdit(linears={k: LinearQuant(dataclasses.replace(v.grid, spec=per_row), v.act)
-                                         for k, v in edit.linears.items()})
+        return edit | LayerEdit(
+            linears={k: LinearQuant(dataclasses.replace(v.grid, spec=per_row), v.act) for k, v in edit.linears.items()}
+        )
 
 
 class SpendsMore(Sound):
@@ -399,13 +401,29 @@ class ForgivesGroups(Sound):
 
 BROKEN = {
     "purity": [WritesTheWeight, WritesTheGram, WritesTheOutputs, RandomRounding],
-    "coverage": [ForgetsALinear, DeclaresAStranger, ChangesTheType, ChangesTheShape, GivesNaN, ChangesAStranger,
-                 NotesATensor],
+    "coverage": [
+        ForgetsALinear,
+        DeclaresAStranger,
+        ChangesTheType,
+        ChangesTheShape,
+        GivesNaN,
+        ChangesAStranger,
+        NotesATensor,
+    ],
     "grid": [NeverRounds, FoldsAfterRounding, SharesOneScaleTooMany, MoreLevels, NoZeroPoints],
     "plan_preserves_function": [PlanScalesANorm, PlanForgetsABias, OneRuleTooFew],
     "hybrid_of_one": [RoundsLater, KnowsItsCaller],
-    "no_trace": [LeavesAHook, ReplacesForward, SeedsTorch, DrawsFromPython, DrawsFromNumpy, TurnsTheCacheOff,
-                 FreezesTheNorms, LeavesGradients, ModeOfItsOwn],
+    "no_trace": [
+        LeavesAHook,
+        ReplacesForward,
+        SeedsTorch,
+        DrawsFromPython,
+        DrawsFromNumpy,
+        TurnsTheCacheOff,
+        FreezesTheNorms,
+        LeavesGradients,
+        ModeOfItsOwn,
+    ],
     "configuration": [Thawed, NeedsAnOption, HidesAField, HoldsATensor, ForgetsASetting],
     "error_falls_with_bits": [IgnoresTheBits, LosesABias],
     "batches_and_order": [FirstSequence, LastBatch],
@@ -419,6 +437,7 @@ BROKEN = {
 @pytest.fixture
 def register(monkeypatch):
     """Puts a class of this file into the registry for one test."""
+
     def add(cls: type) -> testing.MakeMethod:
         monkeypatch.setitem(method._BUILTIN, cls.__name__, f"{__name__}:{cls.__name__}")
         return testing.maker(cls.__name__)
@@ -442,8 +461,11 @@ def test_a_sound_method_passes(name, register):
     assert rejections(name, register(Sound)) == []
 
 
-@pytest.mark.parametrize("name, cls", [(name, cls) for name, broken in BROKEN.items() for cls in broken],
-                         ids=lambda value: value if isinstance(value, str) else value.__name__)
+@pytest.mark.parametrize(
+    "name, cls",
+    [(name, cls) for name, broken in BROKEN.items() for cls in broken],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
 def test_a_broken_method_is_rejected(name, cls, register):
     found = rejections(name, register(cls))
     assert found, f"{name} does not notice {cls.__name__}"
