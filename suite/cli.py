@@ -235,6 +235,7 @@ def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seql
         raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
     loaded = models.load(model, revision=revision)
     note(loaded.note)
+    choose_threads(loaded.model)
     published = native(method) if mode == "native" else Native(source=calibration.EMBEDDED)
     sequences = calibration.load(calib or published.source, loaded.tokenizer, nsamples or published.nsamples,
                                  windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen), seed)
@@ -265,6 +266,17 @@ def check_out(folder: Path, overwrite: bool) -> None:
             pass
     except OSError as error:
         raise PTQError(f"output folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out") from None
+
+
+def choose_threads(model: Any) -> None:
+    """One thread for a small model, as `ptq reproduce` has it: several wait for each other more than they compute, and
+    another order of summation moves GPTQ's result."""
+    import torch
+
+    from suite.experiments import SMALL_WIDTH
+
+    if model.config.hidden_size < SMALL_WIDTH:
+        torch.set_num_threads(1)
 
 
 def note(text: str) -> None:
@@ -304,6 +316,7 @@ def ppl(model, text, window, max_tokens, revision, as_json):
     content = windows.read_text(text)
     loaded = models.load(model, revision=revision)
     note(loaded.note)
+    choose_threads(loaded.model)
     size = windows.fit(window, windows.max_positions(loaded.model))
     cut = windows.token_windows(content, loaded.tokenizer, size, max_tokens=max_tokens, name=f"text file {text!r}")
     with Progress(f"{loaded.name} perplexity") as progress:

@@ -44,7 +44,7 @@ LAYOUT = [
     (5, "suite.experiments", "torch lm_eval numpy"),
     (5, "suite.report", "pandas matplotlib tabulate numpy"),
     (6, "suite.bench", "torch numpy"),
-    (6, "suite.cli", "click"),
+    (6, "suite.cli", "click torch"),
 ]
 ROWS = [module for _, module, _ in LAYOUT]
 OUTSIDE = {module: set(packages.split()) for _, module, packages in LAYOUT}
