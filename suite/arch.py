@@ -11,14 +11,24 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from suite.errors import PTQError
+from suite.linear import Online
 from suite.method import Site
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. `sites` in execution order; paths of modules from the top of the causal model."""
+    """One model family. `sites` in execution order; paths of modules from the top of the causal model.
+
+    writers: linears of a layer whose outputs are added to the residual stream; value, output: those on either side of the
+    attention's mixing; intermediate: the one whose input has the width of the MLP; attention: their module.
+    """
 
     sites: tuple[Site, ...]
+    writers: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    attention: str = "self_attn"
+    value: str = "self_attn.v_proj"
+    output: str = "self_attn.o_proj"
+    intermediate: str = "mlp.down_proj"
     layers: str = "model.layers"
     embedding: str = "model.embed_tokens"
     norm: str = "model.norm"
@@ -75,11 +85,27 @@ def sites(model: nn.Module) -> tuple[Site, ...]:
     """The sites of every decoder layer of this model.
 
     With grouped-query attention one row of v feeds several columns of o, so v cannot absorb a scale per column: the
-    feeder of "o" is None there.
+    feeder of "o" is None there. A linear inside an `Online` rotation is named as such, and no feeder reaches through it.
     """
     config = model.config
     grouped = config.num_key_value_heads != config.num_attention_heads
-    return tuple(replace(site, feeder=None) if grouped and site.name == "o" else site for site in family(model).sites)
+    layer = layers(model)[0]
+    return tuple(_rotated(replace(site, feeder=None) if grouped and site.name == "o" else site, layer)
+                 for site in family(model).sites)
+
+
+def _rotated(site: Site, layer: nn.Module) -> Site:
+    inner = {name: f"{name}.linear" for name in site.linears if isinstance(layer.get_submodule(name), Online)}
+    if not inner:
+        return site
+    return replace(site, linears=tuple(inner.get(name, name) for name in site.linears), feeder=None,
+                   scope=inner.get(site.scope, site.scope))
+
+
+def head_dim(model: nn.Module) -> int:
+    """Width of one attention head."""
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def untie(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suite.grid import Grid, QuantSpec, decode, encode, fake_quantize_tokens
+from suite.hadamard import Orthogonal, transform
 
 
 class TokenRounding:
@@ -89,3 +90,26 @@ class RoundedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(self.rounding(x), self.weight, self.bias)
+
+
+class Online(nn.Module):
+    """A linear whose input is rotated first: y = linear(x M). M is orthogonal, and its inverse is in the linear's weight.
+
+    Rotated inputs have no outliers, so they are rounded after the rotation, by the linear itself. `transform` is the
+    name of M for people; buffer `factor` (m, m) with `power` and `blocks` is M, see `suite.hadamard.Orthogonal`.
+    """
+
+    def __init__(self, rotation: Orthogonal, linear: nn.Module):
+        super().__init__()
+        self.transform, self.power, self.blocks, self.linear = rotation.name, rotation.power, rotation.blocks, linear
+        self.register_buffer("factor", rotation.factor.to(linear.weight.device, linear.weight.dtype))
+
+    @property
+    def rotation(self) -> Orthogonal:
+        return Orthogonal(self.transform, self.factor, self.power, self.blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(transform(x, self.factor.to(x.dtype), self.power))
+
+    def extra_repr(self) -> str:
+        return self.transform
