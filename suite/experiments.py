@@ -7,12 +7,19 @@ task in progress and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import hashlib
 import json
 import logging
+import multiprocessing
+import os
+import queue
 import random
+import signal
+import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -117,14 +124,16 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
               nsamples: int | None = None, seqlen: int | None = None, seed: int = 0, fast: bool = False,
               limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
               fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
-              batch_size: int | None = None, threads: int | None = None, progress: Progress | None = None,
-              runner: Callable[..., Any] | None = None) -> Outcome:
+              batch_size: int | None = None, threads: int | None = None, workers: int | None = 1,
+              progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
-    fresh: measure everything again. runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
+    fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the same
+    time, each in a process of its own; None: as many as there are cores for, if the model is small and on a processor.
+    runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
 
     Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
     calibration on an evaluated text; a results folder that cannot be written; whatever `calib.load` raises.
@@ -155,37 +164,26 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
                       told(shared) if mode == "matched" else None, "quantized" if mode == "matched" else None, kept,
                       seed if mode == "matched" else None, NUMERICS, _libraries(EVALUATING_LIBRARIES), limit, fewshot)
 
-    threads = threads or (1 if config.get("hidden_size", 0) < SMALL_WIDTH else None)
-    runner = runner or Runner
-    todo = []
+    small = config.get("hidden_size", 0) < SMALL_WIDTH
+    threads = threads or (1 if small else None)
+    shared_job = dict(model=model, identity=identity, dtype=kept, revision=revision, device=str(device),
+                      batch_size=batch_size, threads=threads, layers=config.get("num_hidden_layers", 1), store=store.root,
+                      tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
+    jobs = []
     for variant in variants:
-        missing = [task for task in tests.names
-                   if fresh or store.find(variant.evaluation(identity, kept, tests.identity(task))) is None]
+        missing = tuple(task for task in tests.names
+                        if fresh or store.find(variant.evaluation(identity, kept, tests.identity(task))) is None)
         unquantized = fresh or store.find(variant.quantization(identity, kept)) is None
         if missing or unquantized:
-            todo.append((variant, missing, unquantized))
-    layers = config.get("num_hidden_layers", 1)
-    steps = _Steps(progress, sum(layers + len(missing) for _, missing, _ in todo))
-    with _threads(threads):
-        for variant, missing, unquantized in todo:
-            run = runner(model, variant, revision=revision, device=device, dtype=kept, batch_size=batch_size)
-            start = steps.done
-            with Meter() as meter:
-                result = run.quantize(lambda done, total, text: steps.at(start + done, f"{variant.label}, layer {done} of {total}"))
-            if unquantized:
-                _put(store, variant.quantization(identity, kept), {"label": variant.label, **result}, meter)
-            steps.at(start + layers, variant.label)
-            for task in missing:
-                steps.at(steps.done, f"{variant.label}, {task}")
-                with Meter() as meter:
-                    result = run.evaluate(tests, task)
-                overlap = {"calibrated_on_this_text": True} if (variant.label, task) in overlaps else {}
-                _put(store, variant.evaluation(identity, kept, tests.identity(task)),
-                     {"label": variant.label, **overlap, **result}, meter)
-                steps.at(steps.done + 1, f"{variant.label}, {task}")
-            del run
-            gc.collect()
-    measured = sum(len(missing) for _, missing, _ in todo)
+            overlapping = frozenset(task for task in missing if (variant.label, task) in overlaps)
+            jobs.append(Job(variant, missing, unquantized, overlapping, **shared_job))
+    if workers is None:
+        workers = (os.cpu_count() or 1) // threads if small and threads and device.type == "cpu" else 1
+    if min(workers, len(jobs)) > 1 and runner is None:
+        _measure_side_by_side(jobs, min(workers, len(jobs)), progress)
+    else:
+        _measure_in_turn(jobs, runner or Runner, tests, progress)
+    measured = sum(len(job.missing) for job in jobs)
     return Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
                    len(variants) * len(tests.names) - measured, source.note)
 
@@ -201,24 +199,131 @@ def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[An
     return [reproduce(name, methods, tasks, **arguments) for name in (base, *planted)]
 
 
-def _put(store: Store, identity: dict, result: Mapping[str, Any], meter: Meter) -> None:
-    store.put(Record(identity, significant(result), provenance(meter)))
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class _Steps:
-    """Counts steps for a progress callback."""
+# ---------------------------------------------------------------------------------------------- measuring
 
-    def __init__(self, progress: Progress | None, total: int):
-        self._progress, self._total, self.done = progress, total, 0
 
-    def at(self, done: int, text: str) -> None:
-        self.done = done
-        if self._progress:
-            self._progress(done, self._total, text)
+@dataclass(frozen=True, eq=False)
+class Job:
+    """The measurements of one variant that the store lacks; plain data, so that another process can do them.
+
+    missing: tasks; unquantized: whether the record of the quantization is missing too; overlapping: tasks on whose text
+    the variant is calibrated; tests: how to load the tasks again; tasks: their identities.
+    """
+
+    variant: Variant
+    missing: tuple[str, ...]
+    unquantized: bool
+    overlapping: frozenset[str]
+    model: str
+    identity: Mapping[str, str]
+    dtype: str
+    revision: str | None
+    device: str
+    batch_size: int | None
+    threads: int | None
+    layers: int
+    store: Path
+    tests: Mapping[str, Any]
+    tasks: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def steps(self) -> int:
+        return self.layers + len(self.missing)
+
+
+def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[int, str], None]) -> None:
+    """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step."""
+    variant, store = job.variant, Store(job.store)
+    with _threads(job.threads):
+        run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+        with Meter() as meter:
+            result = run.quantize(lambda done, total, text: tell(done, f"{variant.label}, layer {done} of {total}"))
+        if job.unquantized:
+            _put(store, variant.quantization(job.identity, job.dtype), {"label": variant.label, **result}, meter)
+        for done, task in enumerate(job.missing, start=job.layers):
+            tell(done, f"{variant.label}, {task}")
+            with Meter() as meter:
+                result = run.evaluate(tests, task)
+            overlap = {"calibrated_on_this_text": True} if task in job.overlapping else {}
+            _put(store, variant.evaluation(job.identity, job.dtype, job.tasks[task]),
+                 {"label": variant.label, **overlap, **result}, meter)
+    del run
+    gc.collect()
+    tell(job.steps, variant.label)
+
+
+def _put(store: Store, identity: dict, result: Mapping[str, Any], meter: Meter) -> None:
+    store.put(Record(identity, significant(result), provenance(meter)))
+
+
+def _measure_in_turn(jobs: Sequence[Job], runner: Callable[..., Any], tests: Tasks, progress: Progress | None) -> None:
+    before, total = 0, sum(job.steps for job in jobs)
+    for job in jobs:
+        measure(job, runner, tests, _teller(progress, before, total))
+        before += job.steps
+
+
+def _teller(progress: Progress | None, before: int, total: int) -> Callable[[int, str], None]:
+    return lambda done, text: progress(before + done, total, text) if progress else None
+
+
+def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress | None) -> None:
+    """Several variants at a time, each worker a fresh process. A failure or Ctrl-C ends them all; what is stored stays.
+
+    Raises what a worker raised: a PTQError as it was, anything else with the worker's traceback as its text.
+    """
+    context = multiprocessing.get_context("spawn")  # a forked torch may hang
+    waiting, told = context.SimpleQueue(), context.Queue()
+    for i in reversed(range(len(jobs))):  # hybrids stand last and take longest
+        waiting.put((i, jobs[i]))
+    for _ in range(workers):
+        waiting.put(None)
+    processes = [context.Process(target=_work, args=(waiting, told), daemon=True) for _ in range(workers)]
+    done, total, finished = dict.fromkeys(range(len(jobs)), 0), sum(job.steps for job in jobs), 0
+    try:
+        for process in processes:
+            process.start()
+        while finished < len(jobs):
+            try:
+                i, steps, text, error = told.get(timeout=5)
+            except queue.Empty:
+                if all(not process.is_alive() for process in processes):
+                    raise RuntimeError("the worker processes ended without a word, which is what happens when the memory runs "
+                                       "out: what is finished is stored; run again with --workers 1") from None
+                continue
+            if error is not None:
+                raise error
+            finished += steps == jobs[i].steps
+            done[i] = steps
+            if progress:
+                progress(sum(done.values()), total, text)
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            process.terminate()  # nothing to those that have ended
+        for process in processes:
+            process.join()
+
+
+def _work(waiting: Any, told: Any) -> None:
+    """A worker: does the jobs that wait, until there is None."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    warnings.simplefilter("ignore")
+    tests: Tasks | None = None
+    while (waited := waiting.get()) is not None:
+        i, job = waited
+        try:
+            tests = tests or Tasks(**job.tests)
+            measure(job, Runner, tests, lambda steps, text, i=i: told.put((i, steps, text, None)))
+        except PTQError as error:
+            told.put((i, 0, "", error))
+        except Exception:  # anything else is a bug, and its traceback would be lost with the process
+            told.put((i, 0, "", RuntimeError(traceback.format_exc())))
 
 
 class _threads:
@@ -355,6 +460,7 @@ class Tasks:
         for name in names:
             if name not in self._manager.task_index:
                 raise unknown("task", name, {*own.all_tasks, *PAPER_TASKS, "any other task of lm-eval"})
+        self.recipe = {"names": self.names, "limit": limit, "fewshot": fewshot, "metadata": self._metadata}
         self._loaded: dict[str, Mapping[str, Any]] = {}
         self._identities: dict[str, dict[str, Any]] = {}
 
@@ -450,6 +556,18 @@ class Runner:
         return outcome_of(name, evaluate_quietly(self._harness, tests, name))
 
 
+@contextlib.contextmanager
+def _no_bars():
+    """Without the bar that lm-eval draws while it builds requests, and for which it has no switch."""
+    import lm_eval.api.task as module
+
+    bars, module.tqdm = module.tqdm, lambda iterable, **_: iterable
+    try:
+        yield
+    finally:
+        module.tqdm = bars
+
+
 def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]:
     """lm-eval's results of one task, from fixed seeds, without its progress bars: they heed no setting, and the suite
     has a line of its own."""
@@ -461,7 +579,8 @@ def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["other"])
     torch.manual_seed(_SEEDS["other"])
-    return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True, bootstrap_iters=1000)
+    with _no_bars():
+        return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True, bootstrap_iters=1000)
 
 
 def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

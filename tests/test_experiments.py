@@ -1,0 +1,260 @@
+"""Grids of runs: only what is missing is computed, nothing is lost, and nothing is mixed up."""
+
+import fake_records as fake
+import numpy as np
+import pytest
+import torch
+
+from suite import calib, experiments, method
+from suite.errors import PTQError
+from suite.experiments import Tasks, label, outcome_of, reproduce
+from suite.store import Store
+
+TASKS = ("world_wiki_ppl", "world_events")
+METHODS = ("fp16", "rtn", "gptq")
+
+
+class FakeRunner:
+    """Counts what it is asked for. fail_at: the call of `evaluate` that is interrupted."""
+
+    calls: list = []
+    fail_at: int | None = None
+
+    def __init__(self, model, variant, **_):
+        self.variant = variant
+
+    def quantize(self, progress=None):
+        self.calls.append((self.variant.label, "quantize"))
+        layers = [{"layer": i, "seconds": 0.1, "weights": 10, "bits": 4.125} for i in range(2)]
+        return {"layers": layers, "bits": 4.125, "seconds": 0.2, "peak_memory_mib": 1.0}
+
+    def evaluate(self, tests, task):
+        if len([call for call in self.calls if call[1] != "quantize"]) == type(self).fail_at:
+            raise KeyboardInterrupt
+        self.calls.append((self.variant.label, task))
+        result = dict(fake.evaluation("gptq", task).result)
+        del result["label"]
+        return result
+
+
+@pytest.fixture
+def runner(monkeypatch):
+    monkeypatch.setattr(FakeRunner, "calls", [])
+    monkeypatch.setattr(FakeRunner, "fail_at", None)
+    return FakeRunner
+
+
+@pytest.fixture
+def run(tmp_path, toy_folder, toy_text_file, runner):
+    """`reproduce` on the toy with a runner that only counts."""
+    def run(methods=METHODS, tasks=TASKS, **arguments):
+        given = dict(store=Store(tmp_path / "results"), calib_source=str(toy_text_file), nsamples=2, seqlen=64, runner=runner)
+        return reproduce(str(toy_folder), methods, tasks, **(given | arguments))
+    run.store = Store(tmp_path / "results")
+    return run
+
+
+def test_everything_is_run_once_and_stored(run, runner):
+    outcome = run()
+    assert runner.calls == [(m, what) for m in METHODS for what in ("quantize", *TASKS)]
+    assert (outcome.measured, outcome.found) == (6, 0)
+    assert len(list(run.store.records())) == 9
+    assert all(outcome.setting.holds(record.identity) for record in run.store.records())
+
+
+def test_a_rerun_runs_nothing(run, runner):
+    run()
+    runner.calls.clear()
+    outcome = run()
+    assert runner.calls == []
+    assert (outcome.measured, outcome.found) == (0, 6)
+
+
+def test_only_what_is_missing_is_run(run, runner):
+    run(METHODS[:2], TASKS[:1])
+    runner.calls.clear()
+    run()
+    assert runner.calls == [("fp16", "quantize"), ("fp16", TASKS[1]), ("rtn", "quantize"), ("rtn", TASKS[1]),
+                            ("gptq", "quantize"), ("gptq", TASKS[0]), ("gptq", TASKS[1])]
+
+
+def test_an_interruption_loses_nothing_that_was_finished(run, runner, monkeypatch):
+    monkeypatch.setattr(runner, "fail_at", 3)  # rtn's second task
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    finished = list(runner.calls)
+    assert finished[-1] == ("rtn", TASKS[0])
+    monkeypatch.setattr(runner, "fail_at", None)
+    runner.calls.clear()
+    outcome = run()
+    assert outcome.found == 3
+    assert [call for call in runner.calls if call[1] != "quantize"] == [("rtn", TASKS[1]), ("gptq", TASKS[0]), ("gptq", TASKS[1])]
+
+
+@pytest.mark.parametrize("change", [{"options": {"wbits": 3}}, {"seed": 1}, {"nsamples": 3}, {"seqlen": 32}, {"limit": 5},
+                                    {"dtype": "bfloat16"}, {"mode": "native"}])
+def test_another_configuration_reuses_nothing_that_it_changes(run, runner, change):
+    run(["gptq"])
+    runner.calls.clear()
+    run(["gptq"], **change)
+    assert ("gptq", TASKS[0]) in runner.calls and ("gptq", TASKS[1]) in runner.calls
+
+
+def test_full_precision_and_rtn_are_reused_for_another_calibration(run, runner):
+    run()
+    runner.calls.clear()
+    run(seed=1)
+    assert [call for call in runner.calls if call[1] != "quantize"] == [("gptq", task) for task in TASKS]
+
+
+def test_another_numerics_version_or_library_reuses_nothing(run, runner, monkeypatch):
+    run(["fp16"])
+    for name, value in (("NUMERICS", 99), ("version", lambda package: "0.0")):
+        runner.calls.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(experiments, name, value)
+            run(["fp16"])
+        assert len(runner.calls) == 3
+
+
+def test_fresh_measures_again(run, runner):
+    run(["fp16"])
+    runner.calls.clear()
+    assert run(["fp16"], fresh=True).measured == 2
+    assert len(runner.calls) == 3
+
+
+def test_fast_runs_have_a_setting_of_their_own(run):
+    full, fast = run(["fp16"]).setting, run(["fp16"], fast=True).setting
+    assert fast.limit == experiments.FAST_LIMIT and full.limit is None
+    assert full.stem != fast.stem
+
+
+def test_progress_ends_at_its_total(run):
+    told = []
+    run(progress=lambda *step: told.append(step))
+    done, totals = [step[0] for step in told], {step[1] for step in told}
+    assert done == sorted(done) and totals == {3 * (2 + 2)} and done[-1] == 12
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({"methods": ["gptqq"]}, "unknown method 'gptqq': did you mean 'gptq'"),
+    ({"methods": ["nope", "gptq+awq"]}, "unknown method 'nope'.*composition 'gptq"),
+    ({"methods": ["gptq", "gptq"]}, "asked for twice: gptq"),
+    ({"tasks": ["world_mathh"]}, "unknown task 'world_mathh': did you mean 'world_math'"),
+    ({"options": {"wbits": 9}}, "bits is 9"),
+    ({"mode": "mached"}, "unknown mode 'mached': did you mean 'matched'"),
+    ({"calib_source": "missing.txt"}, "missing.txt.*does not exist"),
+    ({"seqlen": 4096}, "at most 512"),
+])
+def test_mistakes_are_found_before_any_work(run, runner, arguments, message):
+    with pytest.raises(PTQError, match=message):
+        run(**arguments)
+    assert runner.calls == [] and not list(run.store.records())
+
+
+def test_an_unwritable_folder_is_found_first(run, runner, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PTQError, match="cannot be written"):
+        run(store=Store(tmp_path / "file"))
+    assert runner.calls == []
+
+
+def test_calibration_on_the_evaluated_text_is_refused_or_marked(run, runner):
+    from suite import paths
+
+    text = str(paths.tasks() / "data" / "world_wiki_test.txt")
+    with pytest.raises(PTQError, match="world_wiki_test.txt.*is what world_wiki_ppl evaluates.*--allow-eval-calibration"):
+        run(calib_source=text)
+    assert runner.calls == []
+    run(calib_source=text, allow_eval_calibration=True)
+    marked = {(r.result["label"], r.identity["task"]["name"]) for r in run.store.records(kind="evaluation")
+              if r.result.get("calibrated_on_this_text")}
+    assert marked == {("gptq", "world_wiki_ppl")}  # round-to-nearest and full precision never saw it
+    gptq = next(r for r in run.store.records(kind="quantization") if r.result["label"] == "gptq")
+    assert gptq.identity["calibration"]["source"] == "world_wiki_test.txt"  # and not where it lies on this machine
+
+
+def test_labels_show_options_that_differ():
+    assert label(method.build("gptq", wbits=3)) == "gptq"
+    assert label(method.build("gptq", damp=0.05)) == "gptq damp=0.05"
+    assert label(method.build("cka-hybrid", pool="gptq|awq", block=2)) == "cka-hybrid pool=gptq|awq block=2"
+    assert label(method.build("smoothquant+gptq", alpha=0.7)) == "smoothquant+gptq alpha=0.7"
+
+
+def test_the_identity_of_a_task_follows_its_documents():
+    one, other, limited = Tasks(["world_math"]), Tasks(["world_math"]), Tasks(["world_math"], limit=3)
+    assert one.identity("world_math") == other.identity("world_math") != limited.identity("world_math")
+    other._identities.clear()
+    task = other.loaded("world_math")["tasks"]["world_math"]
+    task.dataset["test"] = task.dataset["test"].select(range(10))
+    assert other.identity("world_math")["digest"] != one.identity("world_math")["digest"]
+
+
+def test_outcomes_of_a_group_stand_one_task_after_another():
+    def sample(i, value, filtered="none"):
+        return {"doc_id": i, "filter": filtered, "acc": value, "filtered_resps": [0]}
+    results = {"results": {"g": {"alias": "g", "acc,none": 0.75, "acc_stderr,none": 0.1, "sample_len": 4}},
+               "samples": {"g_b": [sample(1, 1.0), sample(0, 0.0)], "g_a": [sample(0, np.float64(1)), sample(1, True)]},
+               "higher_is_better": {"g": {"acc": True}}}
+    found = outcome_of("g", results)
+    assert found["outcomes"] == {"acc,none": "1101"}
+    assert found["metrics"] == {"acc,none": {"value": 0.75, "stderr": 0.1}}
+    assert found["info"] == {"documents": 4, "higher_is_better": True, "tasks": {"g_a": 2, "g_b": 2}}
+
+
+def test_filters_are_kept_apart():
+    results = {"results": {"m": {"exact_match,strict-match": 0.0, "exact_match_stderr,strict-match": 0.0,
+                                 "exact_match,flexible-extract": 1.0, "exact_match_stderr,flexible-extract": 0.0}},
+               "samples": {"m": [{"doc_id": 0, "filter": f, "exact_match": v, "filtered_resps": ["1"]}
+                                 for f, v in (("strict-match", 0.0), ("flexible-extract", 1.0))]}}
+    found = outcome_of("m", results)
+    assert found["headline"] == "exact_match,strict-match"
+    assert found["outcomes"] == {"exact_match,strict-match": "0", "exact_match,flexible-extract": "1"}
+
+
+def test_for_real_on_the_toy(run, tmp_path, toy_text):
+    """Runner and adapter: the perplexity stored is that of a direct computation, and its windows give it again."""
+    outcome = run(("fp16", "rtn"), ("world_wiki_ppl", "world_events"), limit=3, runner=experiments.Runner)
+    assert outcome.measured == 4
+    by = {(r.result["label"], r.identity["task"]["name"]): r for r in run.store.records(kind="evaluation")}
+    record = by["fp16", "world_wiki_ppl"]
+    windows = record.result["windows"]
+    assert len(windows["nll"]) == 3 and record.result["info"]["windows"] == 3
+    stored = record.result["metrics"][record.result["headline"]]["value"]
+    assert np.exp(sum(windows["nll"]) / (3 * windows["tokens"])) == pytest.approx(stored, rel=1e-6)
+    assert by["rtn", "world_wiki_ppl"].result["windows"]["nll"] != windows["nll"]
+    events = by["rtn", "world_events"].result
+    assert events["headline"] == "acc_norm,none" and len(events["outcomes"]["acc_norm,none"]) == 3
+    layers = next(r for r in run.store.records(kind="quantization") if r.result["label"] == "rtn").result["layers"]
+    assert all(0 < layer["errors"]["cka"] < 1 for layer in layers)
+    assert record.provenance["hardware"]["threads"] == 1 and record.provenance["wall_seconds"] > 0
+    assert torch.get_num_threads() == 1
+
+
+@pytest.mark.slow
+def test_side_by_side_gives_the_same_records(run, tmp_path):
+    """Two processes, and one: the same results, bit for bit."""
+    in_turn = run(("fp16", "rtn"), TASKS, limit=3, runner=None)
+    other = Store(tmp_path / "other")
+    side_by_side = run(("fp16", "rtn"), TASKS, limit=3, runner=None, workers=2, store=other)
+    assert in_turn.measured == side_by_side.measured == 4
+    strip = lambda store: {r.hash: r.result for r in store.records(kind="evaluation")}  # noqa: E731
+    assert strip(other) == strip(run.store) and len(strip(other)) == 4
+
+
+@pytest.mark.slow
+def test_a_mistake_in_a_worker_reaches_the_user(run, toy_folder, monkeypatch):
+    """What fails in another process fails here, as itself."""
+    variants = experiments._variants
+    monkeypatch.setattr(experiments, "_variants", lambda *a: [
+        experiments.replace(v, calibration=None, diagnosed_on=None) if v.label == "gptq" else v for v in variants(*a)])
+    with pytest.raises(PTQError, match="needs calibration data"):
+        run(("fp16", "gptq"), TASKS[:1], limit=3, runner=None, workers=2)
+
+
+def test_calibration_identity_tells_names_of_files_only():
+    tokens = torch.zeros(2, 4, dtype=torch.long)
+    assert experiments.told(calib.from_tokens(tokens, "/home/someone/text.txt"))["source"] == "text.txt"
+    assert experiments.told(calib.from_tokens(tokens, "embedded"))["source"] == "embedded"
+    assert experiments.told(None) is None
