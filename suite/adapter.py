@@ -481,14 +481,19 @@ def run_lm_eval(argv: Sequence[str]) -> None:
         args.include_path = [str(paths.tasks()), *theirs]
     if args.command == "run":
         _complete(args)
-    with _only_ours() if _asks_only_ours(args) else contextlib.nullcontext():
+    mine = ours()
+    with _indexing(args, mine):
         try:
             parser.execute(args)
         except ValueError as error:
             message = str(error)
             if message.startswith("Tasks not found: "):
                 missing = message.removeprefix("Tasks not found: ")
-                raise unknown("task", missing, [*ours(), "a task of `ptq lm-eval ls tasks`"]) from None
+                raise unknown("task", missing, [*mine, "a task of `ptq lm-eval ls tasks`"]) from None
+            raise
+        except OSError as error:
+            if hub.is_fault(error):
+                raise hub.fault(error, "the data of a task", "tasks of the suite: " + ", ".join(mine)) from None
             raise
 
 
@@ -511,24 +516,26 @@ def _complete(args: Any) -> None:
             raise PTQError(f"lm-eval refuses these arguments: {error}") from None
 
 
-def _asks_only_ours(args: Any) -> bool:
-    """Whether every task asked for is one of the suite's, so that lm-eval need not index its own."""
-    if args.command not in ("run", "validate") or getattr(args, "config", None) or not getattr(args, "tasks", None):
-        return False
-    asked = args.tasks if isinstance(args.tasks, list) else [args.tasks]
-    return {name for part in asked for name in part.split(",")} <= set(ours())
+def _asked(args: Any) -> set[str]:
+    """The names of the tasks that lm-eval's command line is given, as far as they stand on it."""
+    given = getattr(args, "tasks", None) or []
+    return {name for part in ([given] if isinstance(given, str) else given) for name in part.split(",")}
 
 
 @contextlib.contextmanager
-def _only_ours() -> Iterator[None]:
-    """Lets lm-eval's command line build its task manager without its own tasks, for which it has no argument."""
-    theirs = lm_eval.tasks.TaskManager
+def _indexing(args: Any, mine: Sequence[str]) -> Iterator[None]:
+    """Lets the task manager that lm-eval's command line builds leave out lm-eval's own tasks where none of them is asked
+    for, and miss a hub that they need before the model is loaded; it has no argument for either."""
+    theirs, from_defaults = lm_eval.tasks.TaskManager, _asked(args) - set(mine)
+    whole = args.command not in ("run", "validate") or from_defaults or getattr(args, "config", None)
 
-    class OnlyOurs(theirs):
-        def __init__(self, *args: Any, **kwargs: Any):
-            super().__init__(*args, **{**kwargs, "include_defaults": False})
+    class Manager(theirs):
+        def __init__(self, *positional: Any, **named: Any):
+            super().__init__(*positional, **{**named, "include_defaults": bool(whole)})
+            if args.command == "run" and (fetching := sorted(from_defaults & set(self.all_tasks))):
+                hub.require(f"the data of task {fetching[0]!r}", "tasks of the suite: " + ", ".join(mine))
 
-    lm_eval.tasks.TaskManager = OnlyOurs
+    lm_eval.tasks.TaskManager = Manager
     try:
         yield
     finally:

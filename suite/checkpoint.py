@@ -3,7 +3,7 @@
     config.json generation_config.json tokenizer.json ...   as Hugging Face writes them
     quantized.safetensors  of every quantized linear: codes (out, in) int8, scale (out, groups) bfloat16,
                            zero (out, groups) int8 where the grid has one, bias; all other weights as they were in memory
-    ptq.json               format, method and scheme of the run, the grid of every linear, checksum of the weights
+    ptq.json               format, versions, method and scheme of the run, the grid of every linear, checksum of the weights
 
 A code takes a whole byte whatever its bits: this is the suite's own form, exact and simple to read back; the packed
 form that engines load is written by the export. The weights have a name of their own because other loaders, where they find
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suite import arch
+from suite import arch, provenance
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec
 from suite.linear import QuantLinear, RoundedLinear, TokenRounding
@@ -128,7 +128,7 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, nn
         "format": FORMAT, "sha256": checksum, "dtype": str(arch.embedding(model).weight.dtype).removeprefix("torch."),
         "linears": {name: {"weight": _spec(getattr(module, "spec", None)), "act": _spec(module.act)}
                     for name, module in linears.items()},
-        "record": record})
+        "versions": provenance.versions(), "record": record})
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())

@@ -66,9 +66,19 @@ def require(what: str, instead: str) -> None:
                        f"or set HF_HUB_OFFLINE=1 where it is in the cache already")
 
 
-def _cause(error: BaseException, what: str, instead: str) -> PTQError:
-    """The one-line error for what the hub's client raises; it has dozens of kinds, told apart by name."""
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+def _kinds(error: BaseException) -> set[str]:
+    """The names of an error's classes: the client's own, and those of the three libraries below it, are told apart by them."""
+    return {kind.__name__ for kind in type(error).__mro__}
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether an error came from the hub's client: not there, not found, not allowed, not in the cache."""
+    return bool(_kinds(error) & {"ConnectionError", "HfHubHTTPError", "EntryNotFoundError", "DatasetNotFoundError"})
+
+
+def fault(error: BaseException, what: str, instead: str) -> PTQError:
+    """The one-line error for what the hub's client raises."""
+    kinds = _kinds(error)
     if "GatedRepoError" in kinds:
         return PTQError(f"{what} is gated: accept its licence at {endpoint()}, log in with `hf auth login`, "
                         f"or pass {instead}")
@@ -95,7 +105,7 @@ def snapshot(repository: str, revision: str | None, instead: str) -> Path:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=WEIGHT_PATTERNS,
                                       ignore_patterns=SKIPPED, local_files_only=offline()))
     except (OSError, ValueError, RuntimeError) as error:
-        raise _cause(error, what, instead) from None
+        raise fault(error, what, instead) from None
 
 
 def dataset(path: str, name: str | None, split: str, instead: str, **options):
@@ -110,4 +120,4 @@ def dataset(path: str, name: str | None, split: str, instead: str, **options):
     try:
         return datasets.load_dataset(path, name, split=split, **options)
     except Exception as error:  # the client lets through what each of its formats raises
-        raise _cause(error, what, instead) from None
+        raise fault(error, what, instead) from None

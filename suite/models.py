@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from suite import arch, checkpoint, hub, zoo
+from suite import arch, checkpoint, hub, paths, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
-KNOWN: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "known_models.json").read_text())
+KNOWN: dict[str, dict[str, Any]] = json.loads(paths.KNOWN_MODELS.read_text(encoding="utf-8"))
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IDENTIFYING = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 

@@ -425,11 +425,30 @@ def test_command_line_mistakes(task_folder, argv, message):
         adapter.run_lm_eval(argv)
 
 
-def test_command_line_with_an_unknown_task(monkeypatch, task_folder, toy_folder):
-    """Without lm-eval's own 14,000 tasks, whose index takes seconds."""
-    monkeypatch.setattr(adapter, "_asks_only_ours", lambda args: True)
-    with pytest.raises(PTQError, match="unknown task 'toy_pl': did you mean 'toy_ppl'"):
+@pytest.fixture
+def few_defaults(monkeypatch):
+    """lm-eval's own tasks, but one in place of 14,000, whose index takes seconds."""
+    import lm_eval.tasks
+
+    class Few(lm_eval.tasks.TaskManager):
+        def __init__(self, *positional, include_defaults=True, **named):
+            super().__init__(*positional, include_defaults=False, **named)
+            if include_defaults:
+                self._all_tasks = [*self._all_tasks, "their_task"]
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
+
+
+def test_command_line_with_an_unknown_task(few_defaults, task_folder, toy_folder):
+    with pytest.raises(PTQError, match="unknown task 'toy_pl': did you mean 'toy_ppl'.* allowed: a task of [^,]*, toy_ppl$"):
         adapter.run_lm_eval(["run", "--model", "ptq", "--model_args", f"pretrained={toy_folder}", "--tasks", "toy_pl"])
+
+
+def test_lm_evals_own_tasks_miss_the_hub_before_the_model_is_loaded(few_defaults, task_folder, monkeypatch):
+    monkeypatch.setattr(adapter.hub, "offline", lambda: False)
+    monkeypatch.setattr(adapter.hub, "reachable", lambda: False)
+    with pytest.raises(PTQError, match="the data of task 'their_task' needs a hub, and none answers"):
+        adapter.run_lm_eval(["run", "--model", "ptq", "--model_args", "pretrained=none-such", "--tasks", "toy_ppl,their_task"])
 
 
 # ---------------------------------------------------------------------------------------------- a trained model

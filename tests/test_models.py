@@ -265,7 +265,7 @@ def test_digest_of_a_file_in_the_cache_is_its_name_there(tmp_path):
     ("RevisionNotFoundError", "no such revision"), ("ConnectionError", "cannot be fetched"),
 ])
 def test_what_the_client_raises_becomes_one_line(online, kind, message):
-    error = hub._cause(type(kind, (Exception,), {})("first line\nsecond"), "model 'a/b'", "a local folder")
+    error = hub.fault(type(kind, (Exception,), {})("first line\nsecond"), "model 'a/b'", "a local folder")
     assert message in str(error) and "\n" not in str(error)
 
 
