@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from suite import arch, provenance
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec
-from suite.linear import QuantLinear, RoundedLinear, TokenRounding
+from suite.hadamard import Orthogonal
+from suite.linear import Online, QuantLinear, RoundedLinear, TokenRounding
 
 FORMAT = 1
 RECORD, WEIGHTS = "ptq.json", "quantized.safetensors"
@@ -128,6 +129,7 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, nn
         "format": FORMAT, "sha256": checksum, "dtype": str(arch.embedding(model).weight.dtype).removeprefix("torch."),
         "linears": {name: {"weight": _spec(getattr(module, "spec", None)), "act": _spec(module.act)}
                     for name, module in linears.items()},
+        **_added(model),
         "versions": provenance.versions(), "record": record})
     for path in folder.iterdir():
         with path.open("rb") as file:
@@ -147,6 +149,18 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             stored = tensor.to(torch.bfloat16 if leaf == "scale" else torch.int8)
             tensor = stored if torch.equal(stored.float(), tensor) else tensor
         yield name, tensor
+
+
+def _added(model: nn.Module) -> dict:
+    """What the model does beyond its architecture: rotations before linears, rounding of the key-value cache."""
+    from suite import kv
+
+    found = {}
+    if online := {name: module.rotation.shape for name, module in model.named_modules() if isinstance(module, Online)}:
+        found["online"] = online
+    if (rounding := kv.rounding_of(model)) is not None:
+        found["kv"] = {"bits": rounding.bits, "rotation": rounding.rotation and rounding.rotation.shape}
+    return found
 
 
 def _spec(spec: QuantSpec | None) -> dict | None:
@@ -197,7 +211,8 @@ def read_record(folder: str | Path) -> dict:
 def identity(folder: str | Path) -> str:
     """The digest of a quantized model: sha256 over the checksum of its weights and the grids they are on."""
     found = read_record(folder)
-    return hashlib.sha256(json.dumps([found["sha256"], found["dtype"], found["linears"]], sort_keys=True).encode()).hexdigest()
+    parts = [found["sha256"], found["dtype"], found["linears"], *(found[key] for key in ("online", "kv") if key in found)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict]:
@@ -218,6 +233,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | tor
         stored = getattr(torch, found["dtype"])
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=stored)
+        _add_(model, found)
         _fill_(model, tensors, found["linears"], stored)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise PTQError(f"quantized folder {str(folder)!r} does not fit together, so it is corrupt "
@@ -241,6 +257,17 @@ def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
             raise PTQError(f"weights {str(path)!r} are not those that were written (their checksum differs), "
                            f"so the folder is corrupt: {_ADVICE}")
     return load_file(path)
+
+
+def _add_(model: nn.Module, found: dict) -> None:
+    """The inverse of `_added`; entries of rotations are filled in with all other tensors."""
+    for name, shape in found.get("online", {}).items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, Online(Orthogonal.shell(**shape), model.get_submodule(name)))
+    if rounding := found.get("kv"):
+        from suite import kv
+
+        kv.set_(model, rounding["bits"], rounding["rotation"] and Orthogonal.shell(**rounding["rotation"]))
 
 
 @torch.no_grad()

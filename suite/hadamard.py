@@ -182,6 +182,16 @@ class Orthogonal:
         """(..., n) -> (..., n), in the type of x."""
         return transform(x, self.factor.to(x.device, x.dtype), self.power)
 
+    @property
+    def shape(self) -> dict:
+        """JSON for all but the factor's entries; see `shell`."""
+        return {"name": self.name, "order": len(self.factor), "power": self.power, "blocks": self.blocks}
+
+    @classmethod
+    def shell(cls, name: str, order: int, power: int, blocks: int) -> Orthogonal:
+        """The map of a `shape`, the entries of its factor still to be filled in."""
+        return cls(name, torch.zeros(order, order), power, blocks)
+
     def matrix(self) -> Tensor:
         """(n, n) float64: `apply(x) == x @ matrix()`."""
         return self.apply(torch.eye(self.width, dtype=torch.float64))

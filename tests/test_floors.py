@@ -38,6 +38,7 @@ LAYOUT = [
     (2, "suite.walk", "torch"),
     (2, "suite.kv", "torch transformers"),
     (2, "suite.rotate", "torch"),
+    (2, "suite.nll", "torch"),
     (3, "suite.select", "torch"),
     (3, "baselines", "torch scipy"),
     (4, "suite.testing", "torch transformers tokenizers numpy lm_eval pytest"),
