@@ -92,21 +92,22 @@ class LayerView:
         """One pass over the calibration tokens that fills every statistic of every site, and the sample for AWQ's scopes."""
         hidden, run = self._prepare()
         batches = hidden.split(self._step)
-        handles = [self._layer.get_submodule(site.linears[0]).register_forward_pre_hook(self._collect(site))
-                   for site in self.sites]
-        sampled = len(batches[0])
-        try:
-            with self._rounding(), contextlib.ExitStack() as sampling:
-                for site in self.sites:
-                    sampling.enter_context(self._recorded(site))
-                for k, batch in enumerate(batches):
-                    with contextlib.suppress(_Seen):
-                        run(batch)
-                    if k == 0:
-                        sampling.close()
-        finally:
-            for handle in handles:
-                handle.remove()
+        sampled, handles = len(batches[0]), []
+        with contextlib.ExitStack() as sampling:
+            for site in self.sites:  # set first: what is kept are the arguments before any rounding
+                sampling.enter_context(self._recorded(site))
+            try:
+                handles += [self._layer.get_submodule(site.linears[0]).register_forward_pre_hook(self._collect(site))
+                            for site in self.sites]
+                with self._rounding():
+                    for k, batch in enumerate(batches):
+                        with contextlib.suppress(_Seen):
+                            run(batch)
+                        if k == 0:
+                            sampling.close()
+            finally:
+                for handle in handles:
+                    handle.remove()
         for site in self.sites:
             for kind in ("gram", "absmean"):
                 self._stats[kind, site.name] /= hidden.shape[0] * hidden.shape[1]
@@ -365,11 +366,13 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
     kept = len(calib.tokens) if calib is not None and (reference is True or inputs == "full") else int(reference)
 
     quantized_feed: Feed = embedded
-    full_feed: Feed = _Once(lambda: embedded(kept))
+    full_feed: Feed = _Once(lambda embedded=embedded: embedded(kept))
+    no_output = _no_reference if calib is not None else embedded  # which says that calibration data is needed
+    del embedded  # its tokens live as long as something is fed by them
     for start in range(0, len(layers), block):
         views = []
         for i in range(start, min(start + block, len(layers))):
-            output = _no_reference if calib is not None else embedded  # which says that calibration data is needed
+            output = no_output
             if kept:
                 output = _Once(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, full_feed, _no_reference).outputs)
             feed = full_feed if inputs == "full" else quantized_feed
