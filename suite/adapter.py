@@ -29,10 +29,11 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from suite import arch, checkpoint, hub, models, paths, walk, windows
+from suite import arch, checkpoint, hub, kv, models, paths, walk, windows
 from suite import calib as calibration
 from suite import method as methods
 from suite.errors import PTQError, unknown
+from suite.grid import UNQUANTIZED_BITS
 from suite.linear import QuantLinear
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ _REFUSED = {
 }
 _HFLM_DEFAULTS = {name: p.default for name, p in inspect.signature(HFLM.__init__).parameters.items()
                   if name not in ("self", "pretrained") and p.kind is not p.VAR_KEYWORD}
-_OWN = ("pretrained", "method", "calib", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration")
+_OWN = ("pretrained", "method", "calib", "kvbits", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration")
 
 
 class PTQ(HFLM):
@@ -63,6 +64,7 @@ class PTQ(HFLM):
     pretrained: an embedded name, a folder, a quantized folder, a name or id of the hub, or a model in memory (it is
     copied before it is quantized). method: its name; None leaves the model as it is. calib, nsamples, seqlen, seed:
     the calibration text, by default the embedded one (for a model of the hub, WikiText-2's training text). mode: "matched", or "native" for the method's published setting.
+    kvbits: 2 to 8 round the key-value cache, with or without a method.
     allow_eval_calibration: let a window task run on the very text the model was calibrated on; its result says so.
     batch_size: None or "auto" on a processor: as many sequences as keep it busy. Other arguments: `HFLM`'s, and the
     options of the method (wbits, abits, group_size, damp, ...).
@@ -78,7 +80,7 @@ class PTQ(HFLM):
 
     def __init__(self, pretrained: str | nn.Module, method: str | None = None, calib: str | None = None,
                  nsamples: int | None = None, seqlen: int | None = None, seed: int | None = None, mode: str = "matched",
-                 allow_eval_calibration: bool = False, batch_size: int | str | None = None, device: str | None = None,
+                 kvbits: int | None = None, allow_eval_calibration: bool = False, batch_size: int | str | None = None, device: str | None = None,
                  dtype: str | torch.dtype | None = None, revision: str | None = None, tokenizer: Any = None,
                  **arguments: Any):
         harness, options = _sort(method, arguments)
@@ -100,6 +102,14 @@ class PTQ(HFLM):
         if configured is not None and loaded.kind == "quantized":
             raise PTQError(f"{pretrained!r} is quantized already: leave out method={method}, "
                            f"or give the full-precision model")
+        if kvbits is not None:
+            if loaded.kind == "quantized":
+                raise PTQError(f"kvbits={kvbits}, but {pretrained!r} is quantized already, with a key-value cache of "
+                               f"{kv.bits_of(model)} bits: leave it out, or quantize again with --kvbits {kvbits}")
+            if loaded.kind == "given" and kv.check(kvbits) < UNQUANTIZED_BITS:
+                loaded = replace(loaded, model=copy.deepcopy(model))
+                model = loaded.model
+            kv.set_(model, kvbits)
         if configured is not None and (configured.scheme.weight.quantized or configured.scheme.act is not None):
             if loaded.kind == "given":
                 model = copy.deepcopy(model)
@@ -130,9 +140,14 @@ class PTQ(HFLM):
         if self._configured is None:
             record = self._loaded.record
             made = f", {_made(record)}" if record is not None else ""
-            return f"{self._loaded.name}{made}"
+            return f"{self._loaded.name}{made}{self._cached}"
         native = ", native" if self.mode == "native" else ""
-        return f"{self._loaded.name}, {methods.name_of(self._configured)} {self._configured.scheme}{native}"
+        return f"{self._loaded.name}, {methods.name_of(self._configured)} {self._configured.scheme}{self._cached}{native}"
+
+    @property
+    def _cached(self) -> str:
+        bits = kv.bits_of(self.model)
+        return f" KV{bits}" if bits < UNQUANTIZED_BITS else ""
 
     def model_identity(self) -> dict:
         """Everything that decides the answers, as JSON: model, method and options, calibration, type, tokenization."""
@@ -145,7 +160,7 @@ class PTQ(HFLM):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "mixed_precision": None if self.mixed_precision_dtype is None else str(self.mixed_precision_dtype),
             "max_length": self.max_length, "truncation": self.truncation,
-            "add_bos_token": self.add_bos_token, "prefix_token_id": self.prefix_token_id,
+            "add_bos_token": self.add_bos_token, "prefix_token_id": self.prefix_token_id, "kvbits": kv.bits_of(self.model),
         }
 
     @cached_property

@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 # What an interruption leaves behind, by command.
 _KEPT = {"reproduce": ": results already measured are kept, and the same command continues from there",
-         "quantize": ": nothing was written",
+         "quantize": ": no model was written, and the same command continues from what it kept",
          "train": ": the same command continues from the last checkpoint"}
 
 
@@ -147,6 +147,7 @@ SCHEME = (
     click.option("--wbits", type=int, help="Bits of the weights: 2 to 8, or 16 for none.  [4]"),
     click.option("--abits", type=int, help="Bits of the activations: 8, 4, or 16 for none.  [8]"),
     click.option("--group-size", type=int, help="Weights that share a scale; 0: a row.  [128]"),
+    click.option("--kvbits", type=Choice(*"2345678", "16"), default="16", help="Bits of the key-value cache: 2 to 8, or 16 for none.  [16]"),
 )
 CALIBRATION = (
     click.option("--calib", metavar="SOURCE", help="Calibration text: a text file, or embedded, wikitext2, c4, pile.  [embedded]"),
@@ -197,11 +198,15 @@ def commands():
 @click.option("--metric", help="cka-hybrid: what chooses, see `ptq ls metrics`.  [cka]")
 @click.option("--pool", type=Words(), help="cka-hybrid: the methods to choose from.  [gptq,awq,smoothquant]")
 @click.option("--block", type=WHOLE, help="cka-hybrid: layers that share a choice.  [1]")
+@click.option("--rotation", help="spinquant: learned, random-hadamard, hadamard, random or none.  [learned]")
+@click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
 @click.option("--revision", help="Of a model of the hub.")
 @click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
-def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, extra, metric, pool, block,
-             revision, overwrite):
+def quantize(model, method, out, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, extra, metric, pool,
+             block, rotation, variant, revision, overwrite):
     """Quantize a model and write it to a folder that the other commands take as a model.
+
+    What takes long keeps its state in OUT.partial: killed, the same command continues from there.
 
     \b
     Examples:
@@ -210,8 +215,10 @@ def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seql
           --calib embedded --nsamples 64 --seqlen 512 --seed 0 --out /tmp/hybrid
       ptq quantize --model tiny-llama-m --method cka-hybrid --pool gptq,smoothquant+gptq --metric mse --out /tmp/mse
       ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib text.txt --out /tmp/mine
+      ptq quantize --model tiny-llama-s --method spinquant --abits 4 --kvbits 4 --variant had --out /tmp/spin
     """
-    given = {"wbits": wbits, "abits": abits, "group_size": group_size, "metric": metric, "pool": pool, "block": block}
+    given = {"wbits": wbits, "abits": abits, "group_size": group_size, "metric": metric, "pool": pool, "block": block,
+             "rotation": rotation, "variant": variant}
     chosen = {key: value for key, value in given.items() if value is not None}
     for key, value in extra:
         if key in chosen:
@@ -228,8 +235,9 @@ def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seql
     check_out(out, overwrite)
 
     from suite import calib as calibration
-    from suite import checkpoint, models, walk, windows
+    from suite import checkpoint, kv, models, resume, walk, windows
     from suite.progress import Progress
+    from suite.provenance import version
 
     if models.resolve(model, revision).kind == "quantized":
         raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
@@ -239,11 +247,14 @@ def quantize(model, method, out, wbits, abits, group_size, calib, nsamples, seql
     published = native(method) if mode == "native" else Native(source=calibration.EMBEDDED)
     sequences = calibration.load(calib or published.source, loaded.tokenizer, nsamples or published.nsamples,
                                  windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen), seed)
-    with Progress(f"{loaded.name} {method}") as progress:
+    kv.set_(loaded.model, int(kvbits))
+    made = {"model": loaded.identity, "method": to_config(configured), "scheme": str(configured.scheme), "mode": mode,
+            "calibration": sequences.identity}
+    whole = {**made, "kvbits": kvbits, "inputs": published.inputs, "dtype": str(loaded.model.dtype), "device": loaded.model.device.type,
+             "versions": {package: version(package) for package in ("ptq-suite", "torch", "transformers")}}
+    with Progress(f"{loaded.name} {method}") as progress, resume.into(out.with_name(f"{out.name}.partial"), whole):
         layers = walk.quantize_model(configured, loaded.model, sequences, progress, diagnostics=True, inputs=published.inputs)
-    checkpoint.save(loaded.model, loaded.tokenizer, out, {
-        "model": loaded.identity, "method": to_config(configured), "scheme": str(configured.scheme), "mode": mode,
-        "calibration": sequences.identity, "layers": layers}, overwrite)
+        checkpoint.save(loaded.model, loaded.tokenizer, out, {**made, "layers": layers}, overwrite)
 
     weights = sum(layer["weights"] for layer in layers)
     bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
@@ -368,7 +379,7 @@ def lm_eval(arguments):
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
 @click.option("--allow-eval-calibration", is_flag=True,
               help="Allow calibration on the text that is evaluated; such numbers are marked.")
-def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsamples, seqlen, seed, mode, severities, results,
+def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, severities, results,
               revision, fresh, allow_eval_calibration):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
@@ -391,7 +402,7 @@ def reproduce(model, methods, tasks, fast, wbits, abits, group_size, calib, nsam
     from suite.store import Store
 
     store = Store(results)
-    given = dict(store=store, options=scheme, mode=mode, calib_source=calib, nsamples=nsamples, seqlen=seqlen, seed=seed,
+    given = dict(store=store, options=scheme, kvbits=int(kvbits), mode=mode, calib_source=calib, nsamples=nsamples, seqlen=seqlen, seed=seed,
                  fast=fast, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision)
     with Progress(model) as progress:
         if steps:

@@ -23,13 +23,15 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from suite import calib, checkpoint, method, models, paths, windows
+from suite import calib, checkpoint, kv, method, models, paths, windows
 from suite.errors import PTQError, unknown
+from suite.grid import UNQUANTIZED_BITS
 from suite.provenance import Meter, provenance, version
 from suite.store import Record, Setting, Store, canonical, significant
 
@@ -61,7 +63,8 @@ class Variant:
 
     label: what tables call it: the method's name, and its options where they differ from the mode's.
     scheme: of the comparison; None for full precision. calibration: None where the method uses none; diagnosed_on: the
-    data on which errors by layer are measured. inputs: "quantized" or "full", see `suite.walk.walk`.
+    data on which errors by layer are measured. inputs: "quantized" or "full", see `suite.walk.walk`. kvbits: of the
+    key-value cache, told in the scheme as well where it is rounded.
     """
 
     label: str
@@ -71,6 +74,7 @@ class Variant:
     calibration: calib.Calibration | None
     diagnosed_on: calib.Calibration | None
     inputs: str = "quantized"
+    kvbits: int = UNQUANTIZED_BITS
 
     def identity(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
         """The part that the records of its quantization and of all its evaluations share, without library versions."""
@@ -78,7 +82,8 @@ class Variant:
         return {"model": dict(model), "method": method.to_config(self.method), "scheme": self.scheme,
                 "mode": self.mode if self.scheme else None, "calibration": told(self.calibration),
                 "input_policy": self.inputs if used else None, "dtype": dtype,
-                "seed": self.calibration.seed if used else None, "numerics": NUMERICS}
+                "seed": self.calibration.seed if used else None, "numerics": NUMERICS,
+                **({"kvbits": self.kvbits} if self.kvbits < UNQUANTIZED_BITS else {})}
 
     def quantization(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
         return {"kind": "quantization", **self.identity(model, dtype), "libraries": _libraries(QUANTIZING_LIBRARIES),
@@ -120,8 +125,8 @@ class Outcome:
 
 
 def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
-              options: Mapping[str, Any] | None = None, mode: str = "matched", calib_source: str | None = None,
-              nsamples: int | None = None, seqlen: int | None = None, seed: int = 0, fast: bool = False,
+              options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
+              calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0, fast: bool = False,
               limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
               fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
               batch_size: int | None = None, threads: int | None = None, workers: int | None = 1,
@@ -129,6 +134,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
+    kvbits: of the key-value cache, for all but full precision.
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
     fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the same
@@ -155,13 +161,16 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     kept = _name(models.parse_dtype(dtype) or models.default_dtype(device))
     sampling = _sampling(embedded, config, calib_source, nsamples, seqlen, seed, fast)
     tokenizer = checkpoint.load_tokenizer(source.folder)
-    variants = _variants(built, options or {}, mode, sampling, calib_source, embedded, tokenizer)
+    for _, configured, _ in built:
+        if (check := getattr(configured, "check", None)) is not None:  # what a method can tell from the shapes of a model
+            check(SimpleNamespace(**config))
+    variants = _variants(built, options or {}, kv.check(kvbits), mode, sampling, calib_source, embedded, tokenizer)
     overlaps = _overlaps(variants, tests, allow_eval_calibration)
 
     identity = models.identify(model, revision)
     shared = next((v.diagnosed_on for v in variants if v.diagnosed_on is not None), None)
-    setting = Setting(identity, str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {}), mode,
-                      told(shared) if mode == "matched" else None, "quantized" if mode == "matched" else None, kept,
+    scheme = str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {})
+    setting = Setting(identity, _with_cache(scheme, kvbits), mode, told(shared) if mode == "matched" else None, "quantized" if mode == "matched" else None, kept,
                       seed if mode == "matched" else None, NUMERICS, _libraries(EVALUATING_LIBRARIES), limit, fewshot)
 
     small = config.get("hidden_size", 0) < SMALL_WIDTH
@@ -385,6 +394,10 @@ def label(configured: Any, base: Mapping[str, Any] | None = None) -> str:
     return " ".join([config["method"], *changed])
 
 
+def _with_cache(scheme: str, kvbits: int) -> str:
+    return f"{scheme} KV{kvbits}" if kvbits < UNQUANTIZED_BITS else scheme
+
+
 def _bits(options: Mapping[str, Any]) -> str:
     scheme = method.Scheme.of(**options)
     return f"W{scheme.weight.bits}A{scheme.act.bits if scheme.act else 16}"
@@ -399,8 +412,8 @@ def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsa
                     windows.fit(seqlen, config.get("max_position_embeddings"), length), seed)
 
 
-def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], mode: str, matched: Sampling,
-              source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
+def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], kvbits: int, mode: str,
+              matched: Sampling, source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
     loaded: dict[Sampling, calib.Calibration] = {}
     variants = []
     for name, configured, published in built:
@@ -413,9 +426,10 @@ def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: M
         if quantized and sampling not in loaded:
             loaded[sampling] = calib.load(sampling.source, tokenizer, sampling.nsamples, sampling.seqlen, sampling.seed)
         data = loaded.get(sampling) if quantized else None
-        scheme = (str(configured.scheme) if mode == "matched" else _bits(options)) if quantized else None
+        scheme = _with_cache(str(configured.scheme) if mode == "matched" else _bits(options), kvbits) if quantized else None
         variants.append(Variant(name, configured, mode, scheme, data if getattr(configured, "needs_calibration", True) else None,
-                                data, published.inputs if published else "quantized"))
+                                data, published.inputs if published else "quantized",
+                                kvbits if quantized else UNQUANTIZED_BITS))
     return variants
 
 
@@ -541,6 +555,7 @@ class Runner:
 
         variant = self._variant
         with Meter() as meter:
+            kv.set_(self._loaded.model, variant.kvbits)
             layers = quantize_model(variant.method, self._loaded.model, variant.diagnosed_on, progress, diagnostics=True,
                                     inputs=variant.inputs)
         weights = sum(layer["weights"] for layer in layers)

@@ -128,7 +128,8 @@ class Method(Protocol):
     """An entry of the benchmark: a frozen dataclass of hyper-parameters, all with defaults, one of them `scheme`.
 
     Class attributes, where they differ from the usual: `needs_calibration = False` if no data decides its weights;
-    `expected_failures = {check: reason}` for contract checks (suite.testing) that it cannot pass.
+    `expected_failures = {check: reason}` for contract checks (suite.testing) that it cannot pass;
+    `rewrites_model = True` if its rules fit only the model that its plan has rewritten, so that no hybrid can have it.
     """
 
     scheme: Scheme
@@ -143,6 +144,23 @@ class Uniform:
 
     def plan(self, model: nn.Module, calib: Any) -> Sequence[LayerMethod]:
         return [self] * model.config.num_hidden_layers
+
+
+@dataclass(frozen=True)
+class Noted:
+    """A rule whose edit carries a further note: how a plan tells the record what it decided for this layer, or, with the
+    first layer, for the whole model."""
+
+    rule: Any
+    note: Mapping[str, Any]
+
+    @property
+    def reference_tokens(self) -> int:
+        return getattr(self.rule, "reference_tokens", 0)
+
+    def quantize(self, layer: LayerView) -> LayerEdit:
+        edit = self.rule.quantize(layer)
+        return LayerEdit(edit.params, edit.linears, {**edit.note, **self.note})
 
 
 @dataclass(frozen=True)
@@ -173,6 +191,8 @@ _BUILTIN = {
     "gptq": "baselines.gptq:GPTQ",
     "awq": "baselines.awq:AWQ",
     "smoothquant": "baselines.smoothquant:SmoothQuant",
+    "spinquant": "baselines.spinquant:SpinQuant",
+    "mp-gptq": "baselines.mp_gptq:MPGPTQ",
     "cka-hybrid": "suite.select:Hybrid",
 }
 ENTRY_POINTS = "ptq_suite.methods"

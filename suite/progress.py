@@ -5,6 +5,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from contextvars import ContextVar
+
+_CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
 
 DELAY = 2.0  # seconds; what ends sooner shows nothing
 
@@ -26,6 +29,7 @@ class Progress:
         self._stop, self._lock = threading.Event(), threading.Lock()
 
     def __enter__(self) -> Progress:
+        self._token = _CURRENT.set(self)
         stream = self.stream or sys.stderr
         if stream.isatty():
             from tqdm import tqdm
@@ -38,6 +42,7 @@ class Progress:
         return self
 
     def __exit__(self, *_) -> None:
+        _CURRENT.reset(self._token)
         if self._bar is not None:
             self._stop.set()
             self._clock.join()
@@ -51,6 +56,12 @@ class Progress:
                 self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update(done - self._bar.n)
 
+    def say(self, text: str) -> None:
+        """What is being done, where the number of steps stays."""
+        if self._bar is not None:
+            with self._lock:
+                self._bar.set_postfix_str(text, refresh=False)
+
     def _tick(self) -> None:
         if not self._stop.wait(self.delay):
             while not self._stop.wait(1.0):
@@ -63,3 +74,9 @@ def _columns(stream) -> int:
         return os.get_terminal_size(stream.fileno()).columns or 100  # 0: a terminal that does not tell
     except OSError:
         return 100
+
+
+def tell(text: str) -> None:
+    """Says on the progress line in use, if there is one, what long work deep below is doing."""
+    if (line := _CURRENT.get()) is not None:
+        line.say(text)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from suite.cka import CKA
 from suite.errors import PTQError, unknown
 from suite.grid import Scheme
-from suite.method import LayerEdit, LayerView, build
+from suite.method import LayerEdit, LayerView, build, lookup
 from suite.walk import REFERENCE_TOKENS
 
 
@@ -97,7 +97,8 @@ class Hybrid:
             winner's outputs are completed and feed the next layer, so that nothing is computed twice.
     block:  consecutive layers that share one choice (1: the paper's main setting; its ablation has 2, 4, 8).
 
-    Raises PTQError: empty pool, a name twice, unknown metric, block below 1.
+    Raises PTQError: empty pool, a name that is unknown, twice there, or rewrites the model (SpinQuant); unknown metric,
+    block below 1.
 
     >>> Hybrid(pool=("gptq", "awq")).metric
     'cka'
@@ -112,6 +113,10 @@ class Hybrid:
     def __post_init__(self):
         if not self.pool or len(set(self.pool)) != len(self.pool):
             raise PTQError(f"pool is {', '.join(self.pool) or 'empty'}: it needs at least one method, and none twice")
+        for name in self.pool:
+            if any(getattr(lookup(part), "rewrites_model", False) for part in name.split("+")):
+                raise PTQError(f"pool has {name}, which rewrites the whole model before it quantizes a layer: "
+                               f"its layers cannot stand among those of other methods")
         if self.metric not in METRICS:
             raise unknown("metric", self.metric, METRICS)
         if self.block < 1:

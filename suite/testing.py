@@ -39,6 +39,7 @@ from suite.grid import Scheme, decode, encode
 from suite.method import LayerEdit
 
 VOCABULARY = 512
+QUICK_STEPS = 3
 
 _SHAPE = dict(
     vocab_size=VOCABULARY,
@@ -778,8 +779,14 @@ class Outcome:
 
 
 def maker(made: str | MakeMethod) -> MakeMethod:
-    """What builds a method from options: a registered name (compositions too), or already such a function."""
-    return functools.partial(method.build, made) if isinstance(made, str) else made
+    """What builds a method from options: a registered name (compositions too), or already such a function.
+
+    The checks are about form, not about quality: a method that learns, with an option `steps`, does QUICK_STEPS of them.
+    """
+    if not isinstance(made, str):
+        return made
+    quick = {"steps": QUICK_STEPS} if "steps" in method.options_of(made) else {}
+    return functools.partial(method.build, made, **quick)
 
 
 def expected_failures(make_method: MakeMethod) -> dict[str, str]:
