@@ -40,7 +40,7 @@ LAYOUT = [
     (2, "suite.rotate", "torch"),
     (2, "suite.nll", "torch"),
     (3, "suite.select", "torch"),
-    (3, "baselines", "torch scipy"),
+    (3, "baselines", "torch numpy scipy"),
     (4, "suite.testing", "torch transformers tokenizers numpy lm_eval pytest"),
     (3, "suite.checkpoint", "torch transformers safetensors"),
     (3, "suite.models", "torch transformers safetensors huggingface_hub"),
