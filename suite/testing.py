@@ -598,8 +598,8 @@ def check_batches_and_order(make_method: MakeMethod, toy: Toy) -> None:
     )
     made = make_method()
     for what, one, other in (("in other batches", many, batched), ("in another order", few, shuffled)):
-        model = toy.model(layers=1)
-        (view, first), (_, second) = (next(_edits(made, model, data)) for data in (one, other))
+        # a model for each, since a plan may rewrite it
+        (view, first), (_, second) = (next(_edits(made, toy.model(layers=1), data)) for data in (one, other))
         for key in first.params:
             original = (
                 view.weight(key.removesuffix(".weight"))
