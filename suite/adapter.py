@@ -50,7 +50,8 @@ _REFUSED = {
     "max_memory_per_gpu": "the model is loaded by the suite", "max_cpu_memory": "the model is loaded by the suite",
     "offload_folder": "the model is loaded by the suite", "subfolder": "give the subfolder itself as pretrained",
     "peft": "merge the adapter into the weights first", "delta": "apply the delta to the weights first",
-    "autogptq": "pass a full-precision model and method=gptq", "gptqmodel": "pass a full-precision model and method=gptq",
+    "autogptq": "pass a full-precision model and method=gptq",
+    "gptqmodel": "pass a full-precision model and method=gptq",
     "gguf_file": "only safetensors are read", "trust_remote_code": "no code of a model's own is run",
     "use_fast_tokenizer": "the tokenizer is loaded as its folder says",
 }
@@ -64,7 +65,8 @@ class PTQ(HFLM):
 
     pretrained: an embedded name, a folder, a quantized folder, a name or id of the hub, or a model in memory (it is
     copied before it is quantized). method: its name; None leaves the model as it is. calib, nsamples, seqlen, seed:
-    the calibration text, by default the embedded one (for a model of the hub, WikiText-2's training text). mode: "matched", or "native" for the method's published setting.
+    the calibration text, by default the embedded one (for a model of the hub, WikiText-2's training text). mode:
+    "matched", or "native" for the method's published setting.
     kvbits: 2 to 8 round the key-value cache, with or without a method.
     allow_eval_calibration: let a window task run on the very text the model was calibrated on; its result says so.
     batch_size: None or "auto" on a processor: as many sequences as keep it busy. Other arguments: `HFLM`'s, and the
@@ -91,8 +93,9 @@ class PTQ(HFLM):
             raise PTQError(f"{', '.join(stray)} without a method: name one (method=gptq), or leave them out")
         if isinstance(pretrained, str):
             if "@outliers=" in pretrained and "seed=" not in pretrained and seed is not None:
-                raise PTQError(f"seed={seed} beside {pretrained!r} may be meant for the outliers or for the calibration: write "
-                               f"the outliers' own into the name, in quotes: pretrained=\"{pretrained},seed=0\",seed={seed}")
+                raise PTQError(f"seed={seed} beside {pretrained!r} may be meant for the outliers or for the "
+                               f"calibration: write the outliers' own into the name, in quotes: "
+                               f"pretrained=\"{pretrained},seed=0\",seed={seed}")
             loaded = models.load(pretrained, dtype=dtype, device=_device(device), revision=revision)
         else:
             loaded = _given(pretrained, dtype, device)
@@ -124,7 +127,7 @@ class PTQ(HFLM):
         self.allow_eval_calibration = allow_eval_calibration
         head = arch.head(model).weight
         with _silenced(logging.getLogger("lm_eval.models.huggingface")):  # it warns of models in memory, always
-            super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=_batch_size(batch_size, model), **harness)
+            super().__init__(model, tokenizer=tokenizer, batch_size=_batch_size(batch_size, model), **harness)
         if arch.head(self.model).weight is not head:  # HFLM ties the head again where the configuration says so
             raise PTQError("lm-eval tied the head to the embedding again: the model's configuration must say "
                            "tie_word_embeddings=False once they differ")
@@ -201,8 +204,8 @@ class PTQ(HFLM):
         """As `window_nll`; refuses the text that the model was calibrated on, unless that was allowed."""
         for request in requests:
             if self._calibration_digest == windows.text_digest(request.text) and not self.allow_eval_calibration:
-                raise PTQError(f"task {request.task_name} evaluates the text that the model was calibrated on: calibrate "
-                               f"on another text, or pass allow_eval_calibration=true, which marks the result")
+                raise PTQError(f"task {request.task_name} evaluates the text that the model was calibrated on: "
+                               f"calibrate on another, or pass allow_eval_calibration=true, which marks the result")
         answers = window_nll(self, requests, disable_tqdm)
         for request, answer in zip(requests, answers, strict=True):
             if self._calibration_digest == windows.text_digest(request.text):
@@ -302,7 +305,7 @@ def _tokenizer(tokenizer: Any, loaded: models.Loaded) -> Any:
 
 
 def _batch_size(asked: int | str | None, model: nn.Module) -> int | str:
-    """HFLM's batch size. On a GPU lm-eval finds the largest by trial; a processor gains nothing beyond AUTO_BATCH_TOKENS."""
+    """HFLM's batch size. On a GPU lm-eval tries for the largest; a processor gains nothing beyond AUTO_BATCH_TOKENS."""
     if asked is None or (str(asked).startswith("auto") and model.device.type == "cpu"):
         return max(1, AUTO_BATCH_TOKENS // min(windows.max_positions(model) or SEQLEN, SEQLEN))
     if not str(asked).startswith("auto") and not (str(asked).isdigit() and int(asked) > 0):
@@ -329,20 +332,25 @@ class WindowRequest(Instance):
 def window_nll(lm: HFLM, requests: Sequence[WindowRequest], disable_tqdm: bool = False) -> list[dict]:
     """The NLL of every window of each request's text, for any Hugging Face model of lm-eval.
 
-    A request's arguments: the digest of the text, and {"window", "default_window", "max_windows", "rank", "world_size"}.
-    Returns per request {"nll": [one sum per window, in nats], "predicted": tokens per window, "protocol": see
-    `suite.windows.Windows.protocol`}. Of several processes each takes every world_size-th window.
+    A request's arguments: the digest of the text, and {"window", "default_window", "max_windows", "rank",
+    "world_size"}. Returns per request {"nll": [one sum per window, in nats], "predicted": tokens per window,
+    "protocol": see `suite.windows.Windows.protocol`}. Of several processes each takes every world_size-th window.
     """
     answers = []
     for request in requests:
         _, rules = request.args
         size = windows.fit(rules["window"], lm.max_length, rules["default_window"])
-        cut = windows.token_windows(request.text, lm.tokenizer, size, max_windows=rules["max_windows"],
-                                    special_tokens=lm.add_bos_token is not False, name=f"the text of task {request.task_name}")
+        cut = windows.token_windows(request.text, lm.tokenizer, size, rules["max_windows"],
+                                    special_tokens=lm.add_bos_token is not False,
+                                    name=f"the text of task {request.task_name}")
         tokens = cut.tokens[rules["rank"]::rules["world_size"]]
-        given = lm.batch_size if isinstance(lm.batch_size, int) and lm.batch_size > 1 else None
-        with torch.autocast(lm.device.type, dtype=lm.mixed_precision_dtype, enabled=lm.mixed_precision_dtype is not None):
-            nll = windows.window_nll(lm.model, tokens, min(given, windows.batch_of(size, lm.model.config.vocab_size)) if given else None)
+        # lm-eval's default of 1 is no wish; a larger one is a bound.
+        batch = windows.batch_of(size, lm.model.config.vocab_size)
+        if isinstance(lm.batch_size, int) and lm.batch_size > 1:
+            batch = min(batch, lm.batch_size)
+        narrow = lm.mixed_precision_dtype
+        with torch.autocast(lm.device.type, dtype=narrow, enabled=narrow is not None):
+            nll = windows.window_nll(lm.model, tokens, batch)
         answers.append({"nll": nll.tolist(), "predicted": size - 1, "protocol": cut.protocol})
     return answers
 
@@ -356,14 +364,16 @@ class WindowPerplexity(Task):
     In the YAML, one source: `text_file` (beside the tasks), `dataset` (of the hub: path, name, split, field, rows,
     data_files), or neither for a file that the user names in the metadata: --metadata text=FILE. Also `join`: what
     stands between documents; `default_window`: tokens per window where the model takes as many; `max_windows`.
-    The user's metadata may set `window`. `--limit N` takes the first N windows.
+    The user's metadata may set `window`. `--limit N` takes the first N windows (a fraction: one).
 
-    One document, whose answer holds the NLL of every window; the protocol goes into the task's configuration in the results.
+    One document, whose answer holds the NLL of every window; the protocol goes into the task's configuration in the
+    results.
     """
 
     VERSION = 1
     OUTPUT_TYPE = "window_nll"
-    KEYS = ("task", "class", "output_type", "tag", "metadata", "text_file", "dataset", "join", "default_window", "max_windows")
+    KEYS = ("task", "class", "output_type", "tag", "metadata",
+            "text_file", "dataset", "join", "default_window", "max_windows")
 
     def __init__(self, config: Mapping[str, Any]):
         if stray := set(config) - set(self.KEYS):
@@ -391,11 +401,12 @@ class WindowPerplexity(Task):
         if "dataset" in self._source:
             rules = dict(self._source["dataset"])
             field, rows = rules.pop("field", "text"), rules.pop("rows", None)
-            data = hub.dataset(rules.pop("path"), rules.pop("name", None), rules.pop("split"),
-                               "an embedded task (world_wiki_ppl, world_chat_ppl) or text_ppl with a file of your own", **rules)
+            instead = "an embedded task (world_wiki_ppl, world_chat_ppl) or text_ppl with a file of your own"
+            data = hub.dataset(rules.pop("path"), rules.pop("name", None), rules.pop("split"), instead, **rules)
             return join.join(data[field] if rows is None else data[:rows][field])
         if not self._text_path:
-            raise PTQError(f"task {name} needs a text file: pass --metadata text=FILE, or task_manager(metadata={{'text': FILE}})")
+            raise PTQError(f"task {name} needs a text file: pass --metadata text=FILE, "
+                           f"or task_manager(metadata={{'text': FILE}})")
         return windows.read_text(self._text_path)
 
     @cached_property
@@ -412,7 +423,8 @@ class WindowPerplexity(Task):
         most = [n for n in (self._source.get("max_windows"), limit and int(limit)) if n]
         rules = {"window": self._window, "default_window": self._source.get("default_window", windows.DEFAULT_WINDOW),
                  "max_windows": min(most) if most else None, "rank": rank, "world_size": world_size}
-        self._instances = [self.construct_requests(self._doc, None, metadata=(self._source["task"], rank, 1), rules=rules)]
+        whose = (self._source["task"], rank, 1)
+        self._instances = [self.construct_requests(self._doc, None, metadata=whose, rules=rules)]
 
     def construct_requests(self, doc: dict, ctx: Any, *, metadata: tuple, rules: dict, **_: Any) -> WindowRequest:
         request = WindowRequest(request_type=self.OUTPUT_TYPE, doc=doc, arguments=(doc["text_digest"], rules), idx=0,
@@ -480,7 +492,7 @@ def run_lm_eval(argv: Sequence[str]) -> None:
 
     Raises PTQError for unknown tasks and for arguments that lm-eval refuses; SystemExit as its parser does.
 
-    >>> run_lm_eval(["run", "--model", "ptq", "--model_args", "pretrained=tiny-llama-s", "--tasks", "world"])  # doctest: +SKIP
+    >>> run_lm_eval(["run", "--model", "ptq", "--model_args", "pretrained=m", "--tasks", "world"])  # doctest: +SKIP
     """
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
@@ -540,8 +552,8 @@ def _asked(args: Any) -> set[str]:
 
 @contextlib.contextmanager
 def _indexing(args: Any, mine: Sequence[str]) -> Iterator[None]:
-    """Lets the task manager that lm-eval's command line builds leave out lm-eval's own tasks where none of them is asked
-    for, and miss a hub that they need before the model is loaded; it has no argument for either."""
+    """Lets the task manager that lm-eval's command line builds leave out lm-eval's own tasks where none of them is
+    asked for, and miss a hub that they need before the model is loaded; it has no argument for either."""
     theirs, from_defaults = lm_eval.tasks.TaskManager, _asked(args) - set(mine)
     whole = args.command not in ("run", "validate") or from_defaults or getattr(args, "config", None)
 

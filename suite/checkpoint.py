@@ -2,12 +2,12 @@
 
     config.json generation_config.json tokenizer.json ...   as Hugging Face writes them
     quantized.safetensors  of every quantized linear: codes (out, in) int8, scale (out, groups) bfloat16,
-                           zero (out, groups) int8 where the grid has one, bias; all other weights as they were in memory
-    ptq.json               format, versions, method and scheme of the run, the grid of every linear, checksum of the weights
+                           zero (out, groups) int8 where the grid has one, bias; all other weights as they were
+    ptq.json               format, versions, record of the run, the grid of every linear, checksum of the weights
 
 A code takes a whole byte whatever its bits: this is the suite's own form, exact and simple to read back; the packed
-form that engines load is written by the export. The weights have a name of their own because other loaders, where they find
-a model.safetensors, fill the linears that are missing in it with random numbers and go on.
+form that engines load is written by the export. The weights have a name of their own because other loaders, where they
+find a model.safetensors, fill the linears that are missing in it with random numbers and go on.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from suite import arch, provenance
 from suite.errors import PTQError
-from suite.grid import Grid, QuantSpec
+from suite.grid import Grid, QuantSpec, decode
 from suite.hadamard import Orthogonal
 from suite.linear import Online, QuantLinear, RoundedLinear, TokenRounding
 
@@ -62,7 +62,8 @@ def load_tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the readers of its many formats raise what they like, bare Exception among it
         reason = (str(error).strip() or "no reason given").splitlines()[0]
-        raise PTQError(f"model folder {str(folder)!r} has no tokenizer that can be read ({type(error).__name__}): {reason}") from None
+        raise PTQError(f"model folder {str(folder)!r} has no tokenizer that can be read "
+                       f"({type(error).__name__}): {reason}") from None
 
 
 # ---------------------------------------------------------------------------------------------- saving
@@ -80,20 +81,22 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
     """
     folder = Path(folder).expanduser()
     check_target(folder, overwrite)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, (QuantLinear, RoundedLinear))}
+    linears = _modules(model, QuantLinear, RoundedLinear)
     if not linears:
         raise PTQError("this model has no quantized linear: save it with its own save_pretrained")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
     except OSError as error:
-        raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out") from None
+        raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror}): "
+                       f"give another with --out") from None
     try:
         _write(model, tokenizer, temporary, linears, record)
         os.chmod(temporary, 0o755)  # mkdtemp's folders are private
         _publish(temporary, folder)
     except OSError as error:
-        raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror or error}): give another with --out") from None
+        raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror or error}): "
+                       f"give another with --out") from None
     finally:  # after an interrupt too
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -163,12 +166,17 @@ def _added(model: nn.Module) -> dict:
     return found
 
 
+def _modules(model: nn.Module, *kinds: type) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
 def _spec(spec: QuantSpec | None) -> dict | None:
     return None if spec is None else {"bits": spec.bits, "symmetric": spec.symmetric, "group_size": spec.group_size}
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def _publish(temporary: Path, folder: Path) -> None:
@@ -200,7 +208,8 @@ def read_record(folder: str | Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
         form = found["format"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise PTQError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error}), so the folder is corrupt: {_ADVICE}") from None
+        raise PTQError(f"{str(path)!r} cannot be read ({type(error).__name__}: {error}), so the folder is corrupt: "
+                       f"{_ADVICE}") from None
     if form != FORMAT:
         raise PTQError(f"{str(path)!r} has format {form!r}, this version reads {FORMAT}: {_ADVICE}")
     if not {"sha256", "dtype", "linears", "record"} <= set(found):
@@ -211,11 +220,12 @@ def read_record(folder: str | Path) -> dict:
 def identity(folder: str | Path) -> str:
     """The digest of a quantized model: sha256 over the checksum of its weights and the grids they are on."""
     found = read_record(folder)
-    parts = [found["sha256"], found["dtype"], found["linears"], *(found[key] for key in ("online", "kv") if key in found)]
+    parts = [found[key] for key in ("sha256", "dtype", "linears", "online", "kv") if key in found]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def load(folder: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict]:
+def load(folder: str | Path, dtype: torch.dtype | None = None,
+         device: str | torch.device = "cpu") -> tuple[nn.Module, Any, dict]:
     """(model, tokenizer, record) from a folder that `save` wrote; its logits are those of the model saved, bit for bit.
 
     dtype None: the type that the model had. Raises PTQError for a folder that is no quantized model, or is corrupt.
@@ -272,7 +282,7 @@ def _add_(model: nn.Module, found: dict) -> None:
 
 @torch.no_grad()
 def _fill_(model: nn.Module, tensors: dict[str, Tensor], linears: dict[str, dict], dtype: torch.dtype) -> None:
-    """Replaces the quantized linears and sets every other tensor. Raises KeyError or RuntimeError for what does not fit."""
+    """Replaces the quantized linears and sets every other tensor. Raises RuntimeError for what does not fit."""
     arch.family(model)
     shared: dict[tuple[str, QuantSpec | None], TokenRounding] = {}
     sites = {name: site.name for site in arch.sites(model) for name in site.linears}
@@ -285,7 +295,8 @@ def _fill_(model: nn.Module, tensors: dict[str, Tensor], linears: dict[str, dict
         if specs["weight"] is None:
             new: nn.Module = RoundedLinear(model.get_submodule(name), rounding)
         else:
-            codes, scale, zero, bias = (tensors.pop(f"{name}.{part}", None) for part in ("codes", "scale", "zero", "bias"))
+            codes, scale, zero, bias = (tensors.pop(f"{name}.{part}", None)
+                                        for part in ("codes", "scale", "zero", "bias"))
             if codes is None or scale is None or codes.shape != model.get_submodule(name).weight.shape:
                 raise RuntimeError(f"{name} lacks its codes or scales, or they have another shape")
             grid = Grid(QuantSpec(**specs["weight"]), scale.float(), None if zero is None else zero.float())
@@ -303,7 +314,8 @@ def _fill_(model: nn.Module, tensors: dict[str, Tensor], linears: dict[str, dict
             raise RuntimeError(f"{name} is missing")
         found = tensors.pop(name)
         if found.shape != tensor.shape:
-            raise RuntimeError(f"{name} has shape {tuple(found.shape)}, the architecture asks for {tuple(tensor.shape)}")
+            raise RuntimeError(f"{name} has shape {tuple(found.shape)}, the architecture asks for "
+                               f"{tuple(tensor.shape)}")
         if leaf in module._parameters:
             setattr(module, leaf, nn.Parameter(found, requires_grad=tensor.requires_grad))
         else:
@@ -319,9 +331,7 @@ def _head_weight(model: nn.Module) -> str:
 
 def cast_(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """The model in another floating-point type; scales and zero points stay as they are, weights are decoded anew."""
-    from suite.grid import decode
-
-    exact = {name: (module.scale, module.zero) for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    exact = {name: (module.scale, module.zero) for name, module in _modules(model, QuantLinear).items()}
     model.to(dtype)
     for name, (scale, zero) in exact.items():
         module = model.get_submodule(name)

@@ -67,7 +67,7 @@ def require(what: str, instead: str) -> None:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    """The names of an error's classes: the client's own, and those of the three libraries below it, are told apart by them."""
+    """The names of an error's classes, by which those of the client and of the libraries below it are told apart."""
     return {kind.__name__ for kind in type(error).__mro__}
 
 
@@ -86,8 +86,9 @@ def fault(error: BaseException, what: str, instead: str) -> PTQError:
         return PTQError(f"{what}: the hub has no such revision")
     if "RepositoryNotFoundError" in kinds:
         return PTQError(f"{what} is not on the hub at {endpoint()}, or private: check the name, or pass {instead}")
-    if offline() and kinds & {"LocalEntryNotFoundError", "OfflineModeIsEnabled", "FileNotFoundError", "ConnectionError"}:
-        return PTQError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: unset it, or pass {instead}")
+    if offline() and kinds & {"LocalEntryNotFoundError", "FileNotFoundError", "ConnectionError"}:
+        return PTQError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: "
+                        f"unset it, or pass {instead}")
     return PTQError(f"{what} cannot be fetched from {endpoint()} ({type(error).__name__}: "
                     f"{(str(error).strip() or 'no reason given').splitlines()[0]}): try again, or pass {instead}")
 

@@ -116,7 +116,8 @@ def _resolve_base(name: str, revision: str | None) -> Source:
     if folder.is_file():
         raise PTQError(f"model {name!r} is a file: give the folder that holds config.json and the safetensors")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise PTQError(f"model folder {name!r} does not exist: give a folder, an id of the hub, or one of {', '.join(names())}")
+        raise PTQError(f"model folder {name!r} does not exist: give a folder, an id of the hub, "
+                       f"or one of {', '.join(names())}")
     if _HUB_ID.fullmatch(name):
         return Source("hub", name, repository=name, revision=revision)
     raise unknown("model", name, [*names(), "a local folder", "ORGANISATION/NAME of the hub"])
@@ -142,7 +143,8 @@ def read_json(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PTQError(f"{path.name} of {path.parent.name!r} cannot be read as JSON, so the folder is corrupt: {error}") from None
+        raise PTQError(f"{path.name} of {path.parent.name!r} cannot be read as JSON, so the folder is corrupt: "
+                       f"{error}") from None
     if not isinstance(found, dict):
         raise PTQError(f"{path.name} of {path.parent.name!r} holds no JSON object, so the folder is corrupt")
     return found

@@ -57,7 +57,7 @@ class Windows:
 
     @property
     def protocol(self) -> dict:
-        """What must be equal for two perplexities to be comparable, as JSON. data_digest: sha256 of the windows' tokens."""
+        """What must be equal for two perplexities to be comparable, as JSON. data_digest: sha256 of the tokens used."""
         return {"window": self.size, "windows": self.count, "tokens": self.predicted, "text_tokens": self.text_tokens,
                 "bos": "once, at the start of the text" if self.bos else "none",
                 "special_tokens": "the tokenizer's own, once around the text" if self.special_tokens else "none",
@@ -77,7 +77,8 @@ def read_text(path: str | Path) -> str:
     """The text of a local file. Raises PTQError if it is missing, empty, or no UTF-8 text."""
     path = Path(path).expanduser()
     if not path.is_file():
-        raise PTQError(f"text file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}: give a text file")
+        fault = "is a folder" if path.is_dir() else "does not exist"
+        raise PTQError(f"text file {str(path)!r} {fault}: give a text file")
     try:
         text = path.read_bytes().decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,7 +110,8 @@ def fit(window: int | None, positions: int | None, default: int = DEFAULT_WINDOW
     if window < 2:
         raise PTQError(f"window is {window}: allowed are whole numbers from 2, since the first token is not predicted")
     if positions is not None and window > positions:
-        raise PTQError(f"window is {window}, the model takes at most {positions} tokens: give a window up to {positions}")
+        raise PTQError(f"window is {window}, the model takes at most {positions} tokens: "
+                       f"give a window up to {positions}")
     return window
 
 
