@@ -83,9 +83,9 @@ class PTQ(HFLM):
 
     def __init__(self, pretrained: str | nn.Module, method: str | None = None, calib: str | None = None,
                  nsamples: int | None = None, seqlen: int | None = None, seed: int | None = None, mode: str = "matched",
-                 kvbits: int | None = None, allow_eval_calibration: bool = False, batch_size: int | str | None = None, device: str | None = None,
-                 dtype: str | torch.dtype | None = None, revision: str | None = None, tokenizer: Any = None,
-                 **arguments: Any):
+                 kvbits: int | None = None, allow_eval_calibration: bool = False, batch_size: int | str | None = None,
+                 device: str | None = None, dtype: str | torch.dtype | None = None, revision: str | None = None,
+                 tokenizer: Any = None, **arguments: Any):
         harness, options = _sort(method, arguments)
         configured, published = _configured(method, mode, options)
         calibrated = {"calib": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
@@ -146,7 +146,8 @@ class PTQ(HFLM):
             made = f", {_made(record)}" if record is not None else ""
             return f"{self._loaded.name}{made}{self._cached}"
         native = ", native" if self.mode == "native" else ""
-        return f"{self._loaded.name}, {methods.name_of(self._configured)} {self._configured.scheme}{self._cached}{native}"
+        made = f"{methods.name_of(self._configured)} {self._configured.scheme}{self._cached}{native}"
+        return f"{self._loaded.name}, {made}"
 
     @property
     def _cached(self) -> str:
@@ -164,7 +165,8 @@ class PTQ(HFLM):
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "mixed_precision": None if self.mixed_precision_dtype is None else str(self.mixed_precision_dtype),
             "max_length": self.max_length, "truncation": self.truncation,
-            "add_bos_token": self.add_bos_token, "prefix_token_id": self.prefix_token_id, "kvbits": kv.bits_of(self.model),
+            "add_bos_token": self.add_bos_token, "prefix_token_id": self.prefix_token_id,
+            "kvbits": kv.bits_of(self.model),
         }
 
     @cached_property
