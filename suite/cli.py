@@ -377,10 +377,11 @@ def lm_eval(arguments):
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
 @click.option("--revision", help="Of a model of the hub.")
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
+@click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [as many as there are cores; 1 for a large model]")
 @click.option("--allow-eval-calibration", is_flag=True,
               help="Allow calibration on the text that is evaluated; such numbers are marked.")
 def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, severities, results,
-              revision, fresh, allow_eval_calibration):
+              revision, fresh, workers, allow_eval_calibration):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
     Only what is missing in the results folder is computed; after an interruption the same command continues.
@@ -403,7 +404,7 @@ def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, cal
 
     store = Store(results)
     given = dict(store=store, options=scheme, kvbits=int(kvbits), mode=mode, calib_source=calib, nsamples=nsamples, seqlen=seqlen, seed=seed,
-                 fast=fast, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision)
+                 fast=fast, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision, workers=workers)
     with Progress(model) as progress:
         if steps:
             outcomes = experiments.severity_sweep(model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **given)

@@ -197,7 +197,7 @@ def measured(tmp_path_factory, toy_folder, toy_text_file):
     return folder, done
 
 
-SMALL = ["--tasks", "world_wiki_ppl,world_events", "--fast", "--nsamples", "4", "--seqlen", "64"]
+SMALL = ["--tasks", "world_wiki_ppl,world_events", "--fast", "--nsamples", "4", "--seqlen", "64", "--workers", "1"]
 
 
 def test_reproduce_prints_the_table_and_the_paths(measured):
@@ -241,7 +241,7 @@ def test_report_draws_the_same_from_records_alone(ptq, measured, tmp_path, toy_f
 @pytest.mark.slow
 def test_severities_draw_their_figure(ptq, tmp_path, toy_folder, toy_text_file):
     status, out, err = ptq("reproduce", toy_folder, "--fast", "--nsamples", 4, "--seqlen", 64, "--calib", toy_text_file,
-                           "--methods", "fp16,rtn", "--severities", "4,16")
+                           "--methods", "fp16,rtn", "--severities", "4,16", "--workers", 1)
     assert (status, err) == (0, "") and "outliers" in out
     figures = [line.strip() for line in out.splitlines() if "severity" in line and line.strip().endswith(".png")]
     assert figures and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
@@ -251,7 +251,7 @@ def test_severities_draw_their_figure(ptq, tmp_path, toy_folder, toy_text_file):
 def test_an_interrupted_run_continues(tmp_path, toy_folder, toy_text_file):
     """Killed by Ctrl-C after its first record, then run again: only the rest is measured."""
     run = ["reproduce", str(toy_folder), "--tasks", "world_wiki_ppl,world_chat_ppl,world_events", "--fast", "--nsamples", "4",
-           "--seqlen", "64", "--calib", str(toy_text_file), "--methods", "fp16,rtn,gptq"]
+           "--seqlen", "64", "--calib", str(toy_text_file), "--methods", "fp16,rtn,gptq", "--workers", "2"]
     process = subprocess.Popen([sys.executable, "-m", "suite.cli", *run], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
     deadline = time.monotonic() + 100
