@@ -26,21 +26,24 @@ def distances(reference: Tensor) -> Callable[[Tensor], dict[str, float]]:
     cka: 1 - linear CKA.   mse: mean squared difference, relative to the reference's mean square.
     cosine: 1 - mean cosine similarity of a token's two outputs.   sqnr: minus the signal-to-noise ratio, in dB.
     """
-    x = reference.reshape(-1, reference.shape[-1])
-    cka, power = CKA(reference), _squares(x).sum()
+    x = reference.reshape(-1, reference.shape[-1]).float()
+    cka, power = CKA(reference), _squares(x)
 
     def measure(candidate: Tensor) -> dict[str, float]:
-        y = candidate.reshape(x.shape)
-        noise = _squares(y - x).sum() / power
-        cosine = (x * y).sum(-1).double() / (_squares(x) * _squares(y)).sqrt().clamp(min=1e-30)
-        return {"cka": cka.distance(candidate), "mse": float(noise), "cosine": float(1 - cosine.mean()),
-                "sqnr": float(10 * torch.log10(noise.clamp(min=1e-30)))}
+        y = candidate.reshape(x.shape).float()
+        noise, other = _squares(y - x), _squares(y)
+        lengths = (power * other).sqrt().clamp(min=1e-30)
+        # 1 - x'y / |x||y|, from the difference: the cosine itself would leave no digits
+        cosine = (noise - (other.sqrt() - power.sqrt()).square()) / (2 * lengths)
+        relative = noise.sum() / power.sum()
+        return {"cka": cka.distance(candidate), "mse": float(relative), "cosine": float(cosine.mean()),
+                "sqnr": float(10 * torch.log10(relative.clamp(min=1e-30)))}
 
     return measure
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Squared length of each token's vector, float64: (tokens, d) -> (tokens,)."""
+    """Squared length of each token's vector, summed in float32, as float64: (tokens, d) -> (tokens,)."""
     return x.square().sum(-1).double()
 
 

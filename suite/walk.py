@@ -154,7 +154,12 @@ class LayerView:
 
     def _prepare(self, first: int | None = None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """The inputs and a function that runs the layer. Both are computed lazily, by running parts of the model: that
-        must be over before hooks are set, which would count those runs as well."""
+        must be over before hooks are set, which would count those runs as well.
+
+        Raises RuntimeError if the layer was written since the view was made: it would show that layer, edited again."""
+        now = dict(self._layer.named_parameters())
+        if now.keys() != self._original.keys() or any(now[key] is not value for key, value in self._original.items()):
+            raise RuntimeError(f"layer {self.index} was written after this view was made: read the view before commit")
         hidden, params, kwargs = self.inputs(first), dict(self._edit.params), dict(self._kwargs)
 
         def run(batch: Tensor) -> Tensor:
