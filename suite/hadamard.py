@@ -277,7 +277,7 @@ def check_fallback(fallback: str) -> None:
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
     """(n, n) float64, uniform over the orthogonal group: the Q of a Gaussian matrix, its signs fixed by R's diagonal."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
-    return q * r.diagonal().sign()
+    return (q * r.diagonal().sign()).contiguous()
 
 
 def random_hadamard(n: int, generator: torch.Generator, fallback: str = "") -> Tensor:
