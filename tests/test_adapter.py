@@ -20,6 +20,12 @@ TOKENS = torch.randint(0, toys.VOCABULARY, (2, 48), generator=torch.Generator().
 CALIB = dict(nsamples=4, seqlen=64)
 
 
+@pytest.fixture(autouse=True)
+def no_report_of_the_machine(monkeypatch):
+    """lm-eval asks half a dozen programs about the machine after every evaluation; no test reads it."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
 @pytest.fixture(scope="module")
 def quantized_folder(tmp_path_factory, toy_tokenizer):
     model = toys.make_toy()
@@ -61,12 +67,14 @@ def direct(model, tokenizer, text, window, count=None):
 
 
 def test_importing_the_suite_registers_the_model_by_name_only():
+    """In a process of its own: lm-eval leaves out its own models where somebody was first to register one."""
     code = ("import sys, suite\n"
-            "from lm_eval.api.registry import get_model, model_registry\n"
-            "assert 'ptq' in model_registry and not {'torch', 'transformers'} & set(sys.modules)\n"
-            "from suite.adapter import PTQ\n"
-            "assert get_model('ptq') is PTQ and get_model('hf') is PTQ.__mro__[1]")
+            "from lm_eval.api.registry import model_registry\n"
+            "assert {'ptq', 'hf'} <= set(model_registry) and not {'torch', 'transformers'} & set(sys.modules)")
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    from lm_eval.api.registry import get_model
+
+    assert get_model("ptq") is PTQ
 
 
 def test_by_name_from_python(toy_folder, task_folder):
