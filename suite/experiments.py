@@ -40,6 +40,7 @@ NUMERICS = 1  # to be raised by every change of the suite that changes results: 
 METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka-hybrid")
 EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
 PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
+INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
 FAST_LIMIT, FAST_SAMPLES = 64, 16  # documents or windows of each task, calibration sequences
 SMALL_WIDTH = 1024  # below, one thread: two spend their time waiting for each other
 QUANTIZING_LIBRARIES, EVALUATING_LIBRARIES = ("torch", "transformers"), ("torch", "transformers", "lm-eval")
@@ -153,6 +154,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     embedded = source.kind == "embedded"
     limit = FAST_LIMIT if fast and limit is None else limit
     built = _build(methods or METHODS, options or {}, mode)
+    if source.folder is None:
+        hub.require(f"model {source.repository!r}", INSTEAD)
     tests = Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
 
     source = source.fetched()
@@ -176,8 +179,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     small = config.get("hidden_size", 0) < SMALL_WIDTH
     threads = threads or (1 if small else None)
     shared_job = dict(model=model, identity=identity, dtype=kept, revision=revision, device=str(device),
-                      batch_size=batch_size, threads=threads, layers=config.get("num_hidden_layers", 1), store=store.root,
-                      tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
+                      batch_size=batch_size, threads=threads, layers=config.get("num_hidden_layers", 1), small=small,
+                      store=store.root, tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
     jobs = []
     for variant in variants:
         missing = tuple(task for task in tests.names
@@ -235,6 +238,7 @@ class Job:
     batch_size: int | None
     threads: int | None
     layers: int
+    small: bool
     store: Path
     tests: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
@@ -261,7 +265,8 @@ def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[
             _put(store, variant.evaluation(job.identity, job.dtype, job.tasks[task]),
                  {"label": variant.label, **overlap, **result}, meter)
     del run
-    gc.collect()
+    if not job.small:  # searching the whole heap takes longer than a small model is worth
+        gc.collect()
     tell(job.steps, variant.label)
 
 
@@ -468,7 +473,7 @@ class Tasks:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task without metadata, and of models in memory
         self.names, self.limit, self.fewshot, self._metadata = tuple(names), limit, fewshot, dict(metadata or {})
         own = adapter.task_manager(self._metadata)
-        self._manager = own
+        self._manager, self._own = own, frozenset(own.all_tasks)
         if any(name not in own.task_index for name in names):
             self._manager = adapter.task_manager(self._metadata, include_defaults=True)
         for name in names:
@@ -481,14 +486,15 @@ class Tasks:
     def loaded(self, name: str) -> Mapping[str, Any]:
         """The tasks and groups behind a name, as `lm_eval.evaluate` takes them."""
         if name not in self._loaded:
+            what, instead = f"task {name!r}", f"other --tasks, e.g. {','.join(EMBEDDED_TASKS)}"
+            if name not in self._own:
+                hub.require(what, instead)
             try:
                 found = self._manager.load([name])
-            except PTQError:
+            except Exception as error:  # the client lets through what each of its formats raises
+                if hub.is_fault(error):
+                    raise hub.fault(error, what, instead) from None
                 raise
-            except (OSError, ValueError, RuntimeError) as error:
-                reason = (str(error).strip() or "no reason given").splitlines()[0]
-                raise PTQError(f"task {name!r} cannot be loaded ({type(error).__name__}: {reason}): its data comes from the "
-                               f"hub, so check the connection, or leave the task out with --tasks") from None
             for task in found["tasks"].values():
                 if self.fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a YAML is meant, as in lm-eval
                     task.set_config(key="num_fewshot", value=self.fewshot)

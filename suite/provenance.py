@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -23,6 +24,7 @@ PACKAGES = ("ptq-suite", "torch", "transformers", "lm-eval", "datasets", "accele
 _ROOT = Path(__file__).resolve().parent.parent
 
 
+@functools.cache
 def version(package: str) -> str | None:
     """The installed version of a package without its local part ("2.13.0+cpu" is "2.13.0"), None if it is missing."""
     try:
@@ -35,8 +37,9 @@ def versions() -> dict[str, str | None]:
     return {"python": platform.python_version(), **{package: version(package) for package in PACKAGES}}
 
 
+@functools.cache
 def commit() -> dict[str, Any] | None:
-    """{"hash", "dirty"} of the checkout this code runs from, None outside of one.
+    """{"hash", "dirty"} of the checkout this process was started from, None outside of one.
 
     dirty: code differs from the commit; new or changed results do not count.
     """
@@ -109,6 +112,6 @@ class Meter:
 
 def provenance(meter: Meter) -> dict[str, Any]:
     """All of it, for one finished run."""
-    now = datetime.datetime.now(datetime.timezone.utc)
+    now = datetime.datetime.now(datetime.UTC)
     return {"date": now.isoformat(timespec="seconds"), **meter.told, "commit": commit(), "versions": versions(),
             "hardware": hardware()}

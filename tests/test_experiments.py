@@ -141,7 +141,7 @@ def test_progress_ends_at_its_total(run):
     ({"methods": ["gptqq"]}, "unknown method 'gptqq': did you mean 'gptq'"),
     ({"methods": ["nope", "gptq+awq"]}, "unknown method 'nope'.*composition 'gptq"),
     ({"methods": ["gptq", "gptq"]}, "asked for twice: gptq"),
-    ({"tasks": ["world_mathh"]}, "unknown task 'world_mathh': did you mean 'world_math'"),
+    pytest.param({"tasks": ["world_mathh"]}, "unknown task 'world_mathh': did you mean 'world_math'", marks=pytest.mark.slow),
     ({"options": {"wbits": 9}}, "bits is 9"),
     ({"mode": "mached"}, "unknown mode 'mached': did you mean 'matched'"),
     ({"calib_source": "missing.txt"}, "missing.txt.*does not exist"),
@@ -151,6 +151,20 @@ def test_mistakes_are_found_before_any_work(run, runner, arguments, message):
     with pytest.raises(PTQError, match=message):
         run(**arguments)
     assert runner.calls == [] and not list(run.store.records())
+
+
+@pytest.mark.parametrize("model, tasks", [("qwen1.5-0.5b", None), ("toy", ["wikitext2_ppl"])])
+def test_without_a_hub_the_error_comes_at_once_and_names_what_to_use(run, runner, toy_folder, monkeypatch, model, tasks):
+    from suite import hub
+
+    monkeypatch.setattr(hub, "offline", lambda: False)
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(PTQError, match="needs a hub, and none answers"):
+        if tasks:
+            run(tasks=tasks)
+        else:
+            reproduce(model, store=run.store, runner=runner)
+    assert runner.calls == []
 
 
 def test_an_unwritable_folder_is_found_first(run, runner, tmp_path):

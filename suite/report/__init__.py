@@ -61,12 +61,13 @@ def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl"
         name, severity, _ = data.planted(model)
         if name != base:
             continue
-        record = next(store.records(model=model), None)
+        record = max(store.records(model=model), key=lambda r: r.provenance.get("date", ""))
         comparison = data.compare(store, replace(setting, model=record.identity["model"]))
         for row in comparison.rows:
             if task in row.scores and (not wanted or row.label in wanted):
                 points.setdefault(row.label, []).append((severity or 1.0, *_band(comparison, row, task)))
-    if len({s for found in points.values() for s, *_ in found}) < 2:
+    points = {label: found for label, found in points.items() if len({severity for severity, *_ in found}) > 1}
+    if not points:
         return []
     figure = plots.severity(base, task, points, setting.scheme)
     return _write(store, replace(setting, model={**setting.model, "name": base}), plots.files(figure, f"{setting.stem}-severity"))

@@ -171,9 +171,10 @@ def settings(store: Store, model: str) -> list[Setting]:
         else:
             continue
         found[setting.stem] = setting
+    shown = {(s.scheme, s.mode, s.dtype, s.limit, s.fewshot) for s in found.values()}
     for identity in quantized:
-        if not any(setting.holds(identity) for setting in found.values()):
-            setting = _setting(identity, None, None)
+        setting = _setting(identity, None, None)
+        if (setting.scheme, setting.mode, setting.dtype, setting.limit, setting.fewshot) not in shown:
             found[setting.stem] = setting
     return [found[stem] for stem in sorted(found)]
 

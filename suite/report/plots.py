@@ -52,6 +52,8 @@ def files(figure: Figure, stem: str) -> dict[str, bytes]:
     """The figure as {file name: content}: PNG and SVG, without dates or versions."""
     found = {}
     with matplotlib.rc_context(_RC):
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # laid out once, for both formats
         for suffix, metadata in (("png", {"Software": None}), ("svg", {"Date": None, "Creator": None})):
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, metadata=metadata, bbox_inches="tight")
@@ -215,6 +217,6 @@ def _log_ticks(axes, values: Sequence[float]) -> None:
     """Labels at 1, 2, 5 where the values span less than two decades, else at the decades."""
     if max(values) < 100 * min(values):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0.01 else _short(value).replace(".0", ""))
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0.1 else _short(value).replace(".0", ""))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
