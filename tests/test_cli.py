@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -49,13 +50,14 @@ def left_in(folder: Path) -> list[str]:
 
 
 def test_help_is_instant_and_needs_no_torch(tmp_path):
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = ptq_process("--help", cwd=tmp_path)
-        times.append(time.perf_counter() - start)
+    def spent():  # processor time: another program on the machine does not count
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = spent()
+    done = ptq_process("--help", cwd=tmp_path)
     assert done.returncode == 0 and "reproduce" in done.stdout
-    assert min(times) < 1.0
+    assert spent() - before < 1.0
     code = ("import sys, suite.cli\n"
             "try: suite.cli.main(['--help'])\nexcept SystemExit: pass\n"
             "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
