@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from suite import calib, checkpoint, kv, method, models, paths, windows
+from suite import calib, checkpoint, hub, kv, method, models, paths, windows
 from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS
 from suite.provenance import Meter, provenance, version
