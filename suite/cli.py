@@ -460,6 +460,55 @@ def report(model, results):
         click.echo(reports.terminal_table(store, setting, written))
 
 
+@commands.command()
+@click.argument("model")
+@click.option("--abits", type=Words(), default="4,8", show_default=True, help="Bits of the activations.")
+@click.option("--wbits", type=int, default=4, show_default=True, help="Bits of the weights.")
+@click.option("--seeds", type=Words(), default="0,1,2", show_default=True, help="Of calibration and rotations.")
+@click.option(
+    "--variant",
+    type=Choice("no_had", "had"),
+    default="no_had",
+    show_default=True,
+    help="had: Hadamard transforms at run time too.",
+)
+@click.option("--workers", type=WHOLE, default=1, show_default=True, help="Variants measured at the same time.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+)
+def rotations(model, abits, wbits, seeds, variant, workers, results):
+    """Measure whether learning SpinQuant's rotations helps, and write the table spinquant.md.
+
+    Learned, random-Hadamard, Hadamard and no rotation, at each number of bits and seed. Only what is missing in the
+    results folder is computed; after an interruption the same command continues.
+
+    \b
+    Examples:
+      ptq rotations tiny-llama-s
+      ptq rotations tiny-qwen-m --abits 4 --seeds 0,1
+    """
+    for option, words in {"--abits": abits, "--seeds": seeds}.items():
+        if bad := next((word for word in words if not word.isdigit()), None):
+            raise PTQError(f"{option}: {bad!r} is no whole number: write e.g. {option} {'4,8' if 'a' in option else '0,1'}")
+
+    from suite import experiments
+    from suite.progress import Progress
+    from suite.report import rotations as reports
+    from suite.store import Store
+
+    store, bits, numbers = Store(results), [int(word) for word in abits], [int(word) for word in seeds]
+    given = dict(wbits=wbits, variant=variant, store=store, workers=workers)
+    with Progress(f"{model} rotations") as progress:
+        outcomes = experiments.rotation_sweep(model, bits, numbers, progress=progress, **given)
+    note(outcomes[0].note)
+    for path in reports.write(store, outcomes[0].model):
+        if path.suffix == ".md":
+            click.echo(path.read_text(encoding="utf-8"))
+        click.echo(f"  {path}")
+    measured, found = sum(o.measured for o in outcomes), sum(o.found for o in outcomes)
+    click.echo(f"{measured} results measured, {found} found in {results}")
+
+
 # ---------------------------------------------------------------------------------------------- look up
 
 

@@ -41,6 +41,7 @@ METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka
 EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
 PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
 INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
+ROTATIONS = ("none", "hadamard", "random-hadamard", "learned")  # cheapest first
 FAST_LIMIT, FAST_SAMPLES = 64, 16  # documents or windows of each task, calibration sequences
 SMALL_WIDTH = 1024  # below, one thread: two spend their time waiting for each other
 QUANTIZING_LIBRARIES, EVALUATING_LIBRARIES = ("torch", "transformers"), ("torch", "transformers", "lm-eval")
@@ -209,6 +210,28 @@ def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[An
     base = models.outliers.parse(model)[0]
     planted = [f"{base}@outliers={severity:g},seed={outlier_seed}" for severity in severities if severity != 1]
     return [reproduce(name, methods, tasks, **arguments) for name in (base, *planted)]
+
+
+def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[int] = (0, 1, 2), *, wbits: int = 4,
+                   rotations: Sequence[str] = ROTATIONS, variant: str = "no_had",
+                   learning: Mapping[str, Any] | None = None, tasks: Sequence[str] = ("world_wiki_ppl",),
+                   **arguments: Any) -> list[Outcome]:
+    """The runs behind the table "does learning the rotation help": SpinQuant's rotations at each scheme and seed.
+
+    A seed is that of the calibration sequences and of the rotations. learning: options of SpinQuant for "learned"
+    (steps, batch, learning_rate). arguments: as `reproduce` takes them. `suite.report.rotations.write` makes the table.
+    """
+    outcomes = []
+    for bits in abits:
+        for seed in seeds:
+            scheme = {"wbits": wbits, "abits": bits}
+            made = []
+            for rotation in rotations:
+                further = learning or {} if rotation == "learned" else {}
+                options = {"rotation": rotation, "variant": variant, "seed": seed, **scheme, **further}
+                made.append(method.build("spinquant", **options))
+            outcomes.append(reproduce(model, ["fp16", *made], tasks, options=scheme, seed=seed, **arguments))
+    return outcomes
 
 
 def _name(dtype: torch.dtype) -> str:

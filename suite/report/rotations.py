@@ -1,0 +1,97 @@
+"""The table "does learning the rotation help": SpinQuant's rotations side by side, over seeds. From the records alone.
+
+    results/<model>/spinquant.md, .csv
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tabulate import tabulate
+
+from suite.report import data
+from suite.store import Record, Store, write_text
+
+ORDER = ("none", "random", "hadamard", "random-hadamard", "learned")
+CONTROL = "random-hadamard"  # the start of the learning: what every other row is compared with, seed by seed
+
+
+def write(store: Store, model: str, task: str = "world_wiki_ppl") -> list[Path]:
+    """Writes the table of one model; returns the paths, none if there is nothing to show."""
+    rows = table(store, model, task)
+    if not rows:
+        return []
+    folder = store.folder(model)
+    write_text(folder / "spinquant.md", markdown(rows, model, task, full_precision(store, model, task)))
+    write_text(folder / "spinquant.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+    return [folder / "spinquant.md", folder / "spinquant.csv"]
+
+
+def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[str, Any]]:
+    """One row per scheme, variant and rotation: perplexity by seed, mean, standard deviation, and the difference to the
+    control with its standard error, over the seeds that both have.
+
+    Of runs that differ in anything else (calibration, steps, inner method, limit), those measured last count.
+    """
+    last: dict[tuple, Record] = {}
+    records = (r for r in store.records(model=model, kind="evaluation", mode="matched")
+               if r.identity["method"].get("method") == "spinquant" and r.identity["task"]["name"] == task)
+    for record in sorted(records, key=lambda r: r.provenance.get("date", "")):
+        chosen = record.identity["method"]["options"]
+        last[record.identity["scheme"], chosen["variant"], chosen["rotation"], chosen["seed"]] = record
+    found: dict[tuple, dict[int, float]] = {}
+    for (scheme, variant, rotation, seed), record in last.items():
+        found.setdefault((scheme, variant, rotation), {})[seed] = data.Score(record).value
+    seeds = sorted({seed for values in found.values() for seed in values})
+    rows = []
+    for scheme, variant, rotation in sorted(found, key=lambda key: (*key[:2], ORDER.index(key[2]))):
+        values, control = found[scheme, variant, rotation], found.get((scheme, variant, CONTROL), {})
+        differences = [values[seed] - control[seed] for seed in sorted({*values} & {*control})] if rotation != CONTROL else []
+        rows.append({"scheme": scheme, "variant": variant, "rotation": rotation,
+                     **{f"seed_{seed}": values.get(seed) for seed in seeds}, **_summary("", list(values.values())),
+                     **_summary("difference_", differences)})
+    return rows
+
+
+def _summary(prefix: str, values: list[float]) -> dict[str, float | None]:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return {f"{prefix}mean": statistics.fmean(values) if values else None, f"{prefix}deviation": spread,
+            f"{prefix}error": None if spread is None else spread / math.sqrt(len(values))}
+
+
+def full_precision(store: Store, model: str, task: str) -> float | None:
+    """The perplexity of the unquantized model, if it was measured."""
+    found = [r for r in store.records(model=model, kind="evaluation")
+             if r.identity["scheme"] is None and r.identity["task"]["name"] == task]
+    return data.Score(max(found, key=lambda r: r.provenance.get("date", ""))).value if found else None
+
+
+def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float | None) -> str:
+    seeds = [key for key in rows[0] if key.startswith("seed_")]
+    cells = [[row["scheme"], row["variant"], row["rotation"], *(_number(row[seed]) for seed in seeds), _number(row["mean"]),
+              _number(row["deviation"]), _difference(row)] for row in rows]
+    headings = ["scheme", "variant", "rotation", *(seed.replace("_", " ") for seed in seeds), "mean", "sd", f"Δ {CONTROL}"]
+    reference = f" Full precision: {full:.3f}." if full is not None else ""
+    return (f"# Does learning the rotation help? {data.title_of(model)}\n\n"
+            f"{data.heading(task)} perplexity, GPTQ (or the inner method told in the records) after each rotation.{reference} "
+            f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
+            f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
+            f"\"none\" is the inner method without a rotation.\n\n"
+            + tabulate(cells, headings, tablefmt="github", disable_numparse=True, colalign=("left",) * 3 + ("right",) * (len(seeds) + 3))
+            + "\n")
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    if row["difference_mean"] is None:
+        return ""
+    error = row["difference_error"]
+    return f"{row['difference_mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
