@@ -114,8 +114,8 @@ def _libraries(packages: Iterable[str]) -> dict[str, str | None]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a grid came to. setting: what the report needs to show it; measured and found: results computed now, and those
-    that the store had; note: what the user should know."""
+    """What a grid came to. setting: what the report needs to show it; measured and found: results computed now, and
+    those that the store had; note: what the user should know."""
 
     model: str
     setting: Setting
@@ -128,9 +128,9 @@ class Outcome:
 
 def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
               options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
-              calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0, fast: bool = False,
-              limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
-              fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
+              calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
+              fast: bool = False, limit: int | None = None, fewshot: int | None = None,
+              allow_eval_calibration: bool = False, fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
               batch_size: int | None = None, threads: int | None = None, workers: int | None = 1,
               progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
@@ -139,8 +139,9 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     kvbits: of the key-value cache, for all but full precision.
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
-    fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the same
-    time, each in a process of its own; None: as many as there are cores for, if the model is small and on a processor.
+    fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the
+    same time, each in a process of its own; None: as many as there are cores for, if the model is small and on a
+    processor.
     runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
 
     Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
@@ -166,7 +167,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     sampling = _sampling(embedded, config, calib_source, nsamples, seqlen, seed, fast)
     tokenizer = checkpoint.load_tokenizer(source.folder)
     for _, configured, _ in built:
-        if (check := getattr(configured, "check", None)) is not None:  # what a method can tell from the shapes of a model
+        if (check := getattr(configured, "check", None)) is not None:  # what a method can tell from shapes
             check(SimpleNamespace(**config))
     variants = _variants(built, options or {}, kv.check(kvbits), mode, sampling, calib_source, embedded, tokenizer)
     overlaps = _overlaps(variants, tests, allow_eval_calibration)
@@ -174,8 +175,9 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     identity = models.identify(model, revision)
     shared = next((v.diagnosed_on for v in variants if v.diagnosed_on is not None), None)
     scheme = str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {})
-    setting = Setting(identity, _with_cache(scheme, kvbits), mode, told(shared) if mode == "matched" else None, "quantized" if mode == "matched" else None, kept,
-                      seed if mode == "matched" else None, NUMERICS, _libraries(EVALUATING_LIBRARIES), limit, fewshot)
+    setting = Setting(identity, _with_cache(scheme, kvbits), mode, told(shared) if mode == "matched" else None,
+                      "quantized" if mode == "matched" else None, kept, seed if mode == "matched" else None, NUMERICS,
+                      _libraries(EVALUATING_LIBRARIES), limit, fewshot)
 
     small = config.get("hidden_size", 0) < SMALL_WIDTH
     threads = threads or (1 if small else None)
@@ -202,10 +204,11 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
 
 
 def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[Any] | None = None,
-                   tasks: Sequence[str] = ("world_wiki_ppl",), outlier_seed: int = 0, **arguments: Any) -> list[Outcome]:
+                   tasks: Sequence[str] = ("world_wiki_ppl",), outlier_seed: int = 0,
+                   **arguments: Any) -> list[Outcome]:
     """The runs behind the figure of perplexity against outlier severity: the plain model, then each severity.
 
-    arguments: as `reproduce` takes them. `suite.report.severity_figure` draws the figure from the first outcome's setting.
+    arguments: as `reproduce` takes them. `suite.report.severity_figure` draws it from the first outcome's setting.
     """
     base = models.outliers.parse(model)[0]
     planted = [f"{base}@outliers={severity:g},seed={outlier_seed}" for severity in severities if severity != 1]
@@ -275,7 +278,8 @@ def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[
     """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step."""
     variant, store = job.variant, Store(job.store)
     with _threads(job.threads):
-        run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype, batch_size=job.batch_size)
+        run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype,
+                     batch_size=job.batch_size)
         with Meter() as meter:
             result = run.quantize(lambda done, total, text: tell(done, f"{variant.label}, layer {done} of {total}"))
         if job.unquantized:
@@ -329,8 +333,8 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
                 i, steps, text, error = told.get(timeout=5)
             except queue.Empty:
                 if all(not process.is_alive() for process in processes):
-                    raise RuntimeError("the worker processes ended without a word, which is what happens when the memory runs "
-                                       "out: what is finished is stored; run again with --workers 1") from None
+                    raise RuntimeError("the worker processes ended without a word, as when the memory runs out: "
+                                       "what is finished is stored; run again with --workers 1") from None
                 continue
             if error is not None:
                 raise error
@@ -381,7 +385,8 @@ class _threads:
 # ---------------------------------------------------------------------------------------------- variants
 
 
-def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str) -> list[tuple[str, Any, method.Native | None]]:
+def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str
+           ) -> list[tuple[str, Any, method.Native | None]]:
     """(label, configured method, its published setting or None) of each; all mistakes are reported at once."""
     if mode not in ("matched", "native"):
         raise unknown("mode", mode, ("matched", "native"))
@@ -440,23 +445,24 @@ def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsa
                     windows.fit(seqlen, config.get("max_position_embeddings"), length), seed)
 
 
-def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], kvbits: int, mode: str,
-              matched: Sampling, source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
+def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], kvbits: int,
+              mode: str, matched: Sampling, source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
     loaded: dict[Sampling, calib.Calibration] = {}
     variants = []
     for name, configured, published in built:
         quantized = configured.scheme.weight.quantized or configured.scheme.act is not None
         sampling = matched
         if published is not None:  # the published source, unless another was asked for or the model has its own world
-            sampling = replace(matched, nsamples=min(published.nsamples, matched.nsamples) if embedded else published.nsamples,
-                               seqlen=min(published.seqlen, matched.seqlen),
+            count = min(published.nsamples, matched.nsamples) if embedded else published.nsamples
+            sampling = replace(matched, nsamples=count, seqlen=min(published.seqlen, matched.seqlen),
                                source=source or (calib.EMBEDDED if embedded else published.source))
         if quantized and sampling not in loaded:
             loaded[sampling] = calib.load(sampling.source, tokenizer, sampling.nsamples, sampling.seqlen, sampling.seed)
         data = loaded.get(sampling) if quantized else None
-        scheme = _with_cache(str(configured.scheme) if mode == "matched" else _bits(options), kvbits) if quantized else None
-        variants.append(Variant(name, configured, mode, scheme, data if getattr(configured, "needs_calibration", True) else None,
-                                data, published.inputs if published else "quantized",
+        scheme = _with_cache(str(configured.scheme) if mode == "matched" else _bits(options), kvbits)
+        used = data if getattr(configured, "needs_calibration", True) else None
+        variants.append(Variant(name, configured, mode, scheme if quantized else None, used, data,
+                                published.inputs if published else "quantized",
                                 kvbits if quantized else UNQUANTIZED_BITS))
     return variants
 
@@ -467,7 +473,8 @@ def _overlaps(variants: Sequence[Variant], tests: Tasks, allowed: bool) -> set[t
              for task in tests.names if tests.evaluates(task, variant.calibration)}
     if found and not allowed:
         source = next(v.calibration.source for v in variants if v.calibration is not None)
-        raise PTQError(f"calibration text {source!r} is what {', '.join(sorted({task for _, task in found}))} evaluates: "
+        evaluating = ", ".join(sorted({task for _, task in found}))
+        raise PTQError(f"calibration text {source!r} is what {evaluating} evaluates: "
                        f"give another --calib, or --allow-eval-calibration, which marks such numbers")
     return found
 
@@ -493,7 +500,7 @@ class Tasks:
                  metadata: Mapping[str, Any] | None = None):
         from suite import adapter
 
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every task without metadata, and of models in memory
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of tasks without metadata, of models in memory
         self.names, self.limit, self.fewshot, self._metadata = tuple(names), limit, fewshot, dict(metadata or {})
         own = adapter.task_manager(self._metadata)
         self._manager, self._own = own, frozenset(own.all_tasks)
@@ -519,7 +526,7 @@ class Tasks:
                     raise hub.fault(error, what, instead) from None
                 raise
             for task in found["tasks"].values():
-                if self.fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a YAML is meant, as in lm-eval
+                if self.fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a YAML stays
                     task.set_config(key="num_fewshot", value=self.fewshot)
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
@@ -554,14 +561,15 @@ class Tasks:
         return json.loads(json.dumps(load_yaml(entry.yaml_path, resolve_func=False, recursive=True), default=str))
 
     def evaluates(self, name: str, calibration: calib.Calibration) -> bool:
-        """Whether a task evaluates the text that a calibration set was cut from: a window task by the digest of its text,
-        any of the suite's own by the file of its data."""
+        """Whether a task evaluates the text that a calibration set was cut from: a window task by the digest of its
+        text, any of the suite's own by the file of its data."""
         for task in self.loaded(name)["tasks"].values():
             if getattr(task, "OUTPUT_TYPE", None) == "window_nll":
                 if any(document["text_digest"] == calibration.text_digest for document in task.eval_docs):
                     return True
-            elif (file := (task.get_config("dataset_kwargs") or {}).get("file")) and (data := paths.tasks() / "data" / file).is_file():
-                if calib.text_digest(data.read_text(encoding="utf-8")) == calibration.text_digest:
+            elif file := (task.get_config("dataset_kwargs") or {}).get("file"):
+                data = paths.tasks() / "data" / file
+                if data.is_file() and calib.text_digest(data.read_text(encoding="utf-8")) == calibration.text_digest:
                     return True
         return False
 
@@ -572,8 +580,8 @@ class Tasks:
 class Runner:
     """One variant: loaded, quantized and evaluated."""
 
-    def __init__(self, model: str, variant: Variant, revision: str | None = None, device: Any = None, dtype: str | None = None,
-                 batch_size: int | None = None):
+    def __init__(self, model: str, variant: Variant, revision: str | None = None, device: Any = None,
+                 dtype: str | None = None, batch_size: int | None = None):
         self._variant, self._batch_size = variant, batch_size
         self._loaded = models.load(model, dtype=dtype, device=device, revision=revision)
         self._harness: Any = None
@@ -585,8 +593,8 @@ class Runner:
         variant = self._variant
         with Meter() as meter:
             kv.set_(self._loaded.model, variant.kvbits)
-            layers = quantize_model(variant.method, self._loaded.model, variant.diagnosed_on, progress, diagnostics=True,
-                                    inputs=variant.inputs)
+            layers = quantize_model(variant.method, self._loaded.model, variant.diagnosed_on, progress,
+                                    diagnostics=True, inputs=variant.inputs)
         weights = sum(layer["weights"] for layer in layers)
         return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
                 "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"]}
@@ -624,15 +632,16 @@ def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]
     np.random.seed(_SEEDS["other"])
     torch.manual_seed(_SEEDS["other"])
     with _no_bars():
-        return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True, bootstrap_iters=1000)
+        return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
+                        bootstrap_iters=1000)
 
 
 def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
     """What a record keeps of lm-eval's results of one task or group.
 
-    {"kind": "perplexity" or "mean", "headline": the metric that tables show, "metrics": {metric: {"value", "stderr"}}, "info"}
-    and, for the paired tests, "windows": {"nll", "tokens"} or "outcomes": {metric: one outcome per document}: a string
-    of 0 and 1 where all are. A group's outcomes stand one task after another, as "info" tells.
+    {"kind": "perplexity" or "mean", "headline": the metric that tables show, "metrics": {metric: {"value", "stderr"}},
+    "info"} and, for the paired tests, "windows": {"nll", "tokens"} or "outcomes": {metric: one outcome per document}: a
+    string of 0 and 1 where all are. A group's outcomes stand one task after another, as "info" tells.
     """
     found = results["results"][name]
     metrics = {key: {"value": float(value), "stderr": _number(found.get(_stderr(key)))} for key, value in found.items()
@@ -648,7 +657,8 @@ def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
     outcomes = {}
     for key in metrics:
         metric, _, filtered = key.partition(",")
-        values = [sample[metric] for leaf in leaves for sample in sorted(results["samples"][leaf], key=lambda s: s["doc_id"])
+        values = [sample[metric] for leaf in leaves
+                  for sample in sorted(results["samples"][leaf], key=lambda sample: sample["doc_id"])
                   if sample["filter"] == filtered and metric in sample]
         if values and all(isinstance(value, (bool, int, float)) for value in map(_plain, values)):
             outcomes[key] = _compact([float(_plain(value)) for value in values])

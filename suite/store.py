@@ -240,7 +240,7 @@ def read(path: Path) -> Record:
     if found != FORMAT:
         raise PTQError(f"the record {path} has format {found!r}, this version reads {FORMAT}: {advice}")
     if digest(content["identity"]) != hashed:
-        raise PTQError(f"the record {path} is corrupt: its hash does not fit its identity, so one of them was edited: {advice}")
+        raise PTQError(f"the record {path} is corrupt: its hash does not fit its identity, so one was edited: {advice}")
     if digest(content) != stated:
         raise PTQError(f"the record {path} is corrupt: its checksum does not fit, so its numbers were edited: {advice}")
     return Record(content["identity"], content["result"], content["provenance"])
@@ -286,5 +286,6 @@ def _pretty(value: Any, indent: int = 0) -> str:
         lines = (f"{inner}{json.dumps(key)}: {_pretty(item, indent + 1)}" for key, item in value.items())
         return "{\n" + ",\n".join(lines) + "\n" + " " * indent + "}"
     if isinstance(value, (list, tuple)) and value and isinstance(value[0], Mapping):
-        return "[\n" + ",\n".join(inner + json.dumps(item, ensure_ascii=False) for item in value) + "\n" + " " * indent + "]"
+        lines = (inner + json.dumps(item, ensure_ascii=False) for item in value)
+        return "[\n" + ",\n".join(lines) + "\n" + " " * indent + "]"
     return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -51,7 +51,8 @@ def quantization(method: str, layers: int = 8, seed: int = 0, **changes) -> Reco
             first, second, *_ = sorted(scores, key=lambda name: scores[name]["cka"])
             row |= {"chosen": first, "candidates": scores, "margin": scores[second]["cka"] - scores[first]["cka"]}
         rows.append(row)
-    result = {"label": method, "layers": rows, "bits": rows[0]["bits"], "seconds": 0.25 * layers, "peak_memory_mib": 512.0}
+    result = {"label": method, "layers": rows, "bits": rows[0]["bits"], "seconds": 0.25 * layers,
+              "peak_memory_mib": 512.0}
     return Record({"kind": "quantization", **identity, "diagnosed_on": None if method == "fp16" else CALIBRATION},
                   significant(result), provenance())
 
@@ -62,22 +63,26 @@ def evaluation(method: str, task: str, damage: float = 0.0, n: int = 200, limit:
     common, own = np.random.default_rng(sum(task.encode())), np.random.default_rng(sum((method + task).encode()))
     n = min(n, limit or n)
     identity = {"kind": "evaluation", **variant(method, **changes),
-                "task": {"name": task, "version": 1, "digest": f"digest of {task}", "num_fewshot": 0, "fewshot": None, "limit": limit}}
+                "task": {"name": task, "version": 1, "digest": f"digest of {task}", "num_fewshot": 0, "fewshot": None,
+                         "limit": limit}}
     identity["libraries"] = {**identity["libraries"], "lm-eval": "0.4.13"}
     if task.endswith("_ppl"):
         nll = 511 * (common.normal(1.4, 0.2, n) + damage + own.normal(0, noise, n))
         result = {"kind": "perplexity", "headline": "perplexity,none",
                   "metrics": {"perplexity,none": {"value": float(np.exp(nll.sum() / 511 / n)), "stderr": None}},
                   "windows": {"nll": nll.tolist(), "tokens": 511},
-                  "info": {"window": 512, "bos": "none", "join": "\\n\\n", "tokens": 511 * n, "data_digest": "da7a" * 16}}
+                  "info": {"window": 512, "bos": "none", "join": "\\n\\n", "tokens": 511 * n,
+                           "data_digest": "da7a" * 16}}
     else:
         right = (common.uniform(size=n) < 0.8) & (own.uniform(size=n) >= damage)
-        result = {"kind": "mean", "headline": "acc,none", "outcomes": {"acc,none": "".join(map(str, right.astype(int)))},
-                  "metrics": {"acc,none": {"value": float(right.mean()), "stderr": float(right.std(ddof=1) / n**0.5)}}, "info": {}}
+        stated = {"value": float(right.mean()), "stderr": float(right.std(ddof=1) / n**0.5)}
+        result = {"kind": "mean", "headline": "acc,none", "metrics": {"acc,none": stated}, "info": {},
+                  "outcomes": {"acc,none": "".join(map(str, right.astype(int)))}}
     return Record(identity, significant({"label": method, **result}), provenance(date))
 
 
-DAMAGE = {"fp16": 0.0, "rtn": 0.12, "gptq": 0.06, "awq": 0.08, "smoothquant": 0.09, "smoothquant+gptq": 0.05, "cka-hybrid": 0.03}
+DAMAGE = {"fp16": 0.0, "rtn": 0.12, "gptq": 0.06, "awq": 0.08, "smoothquant": 0.09, "smoothquant+gptq": 0.05,
+          "cka-hybrid": 0.03}
 
 
 def fill(store: Store, methods=METHODS, tasks=TASKS, severity: float = 1.0, **changes) -> None:

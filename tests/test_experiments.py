@@ -48,7 +48,8 @@ def runner(monkeypatch):
 def run(tmp_path, toy_folder, toy_text_file, runner):
     """`reproduce` on the toy with a runner that only counts."""
     def run(methods=METHODS, tasks=TASKS, **arguments):
-        given = dict(store=Store(tmp_path / "results"), calib_source=str(toy_text_file), nsamples=2, seqlen=64, runner=runner)
+        given = dict(store=Store(tmp_path / "results"), calib_source=str(toy_text_file), nsamples=2, seqlen=64,
+                     runner=runner)
         return reproduce(str(toy_folder), methods, tasks, **(given | arguments))
     run.store = Store(tmp_path / "results")
     return run
@@ -88,11 +89,12 @@ def test_an_interruption_loses_nothing_that_was_finished(run, runner, monkeypatc
     runner.calls.clear()
     outcome = run()
     assert outcome.found == 3
-    assert [call for call in runner.calls if call[1] != "quantize"] == [("rtn", TASKS[1]), ("gptq", TASKS[0]), ("gptq", TASKS[1])]
+    evaluated = [call for call in runner.calls if call[1] != "quantize"]
+    assert evaluated == [("rtn", TASKS[1]), ("gptq", TASKS[0]), ("gptq", TASKS[1])]
 
 
-@pytest.mark.parametrize("change", [{"options": {"wbits": 3}}, {"seed": 1}, {"nsamples": 3}, {"seqlen": 32}, {"limit": 5},
-                                    {"dtype": "bfloat16"}, {"mode": "native"}])
+@pytest.mark.parametrize("change", [{"options": {"wbits": 3}}, {"seed": 1}, {"nsamples": 3}, {"seqlen": 32},
+                                    {"limit": 5}, {"dtype": "bfloat16"}, {"mode": "native"}])
 def test_another_configuration_reuses_nothing_that_it_changes(run, runner, change):
     run(["gptq"])
     runner.calls.clear()
@@ -141,7 +143,8 @@ def test_progress_ends_at_its_total(run):
     ({"methods": ["gptqq"]}, "unknown method 'gptqq': did you mean 'gptq'"),
     ({"methods": ["nope", "gptq+awq"]}, "unknown method 'nope'.*composition 'gptq"),
     ({"methods": ["gptq", "gptq"]}, "asked for twice: gptq"),
-    pytest.param({"tasks": ["world_mathh"]}, "unknown task 'world_mathh': did you mean 'world_math'", marks=pytest.mark.slow),
+    pytest.param({"tasks": ["world_mathh"]}, "unknown task 'world_mathh': did you mean 'world_math'",
+                 marks=pytest.mark.slow),
     ({"options": {"wbits": 9}}, "bits is 9"),
     ({"mode": "mached"}, "unknown mode 'mached': did you mean 'matched'"),
     ({"calib_source": "missing.txt"}, "missing.txt.*does not exist"),
@@ -154,7 +157,7 @@ def test_mistakes_are_found_before_any_work(run, runner, arguments, message):
 
 
 @pytest.mark.parametrize("model, tasks", [("qwen1.5-0.5b", None), ("toy", ["wikitext2_ppl"])])
-def test_without_a_hub_the_error_comes_at_once_and_names_what_to_use(run, runner, toy_folder, monkeypatch, model, tasks):
+def test_without_a_hub_the_error_comes_at_once_and_names_what_to_use(run, runner, monkeypatch, model, tasks):
     from suite import hub
 
     monkeypatch.setattr(hub, "offline", lambda: False)
@@ -178,7 +181,8 @@ def test_calibration_on_the_evaluated_text_is_refused_or_marked(run, runner):
     from suite import paths
 
     text = str(paths.tasks() / "data" / "world_wiki_test.txt")
-    with pytest.raises(PTQError, match="world_wiki_test.txt.*is what world_wiki_ppl evaluates.*--allow-eval-calibration"):
+    message = "world_wiki_test.txt.*is what world_wiki_ppl evaluates.*--allow-eval-calibration"
+    with pytest.raises(PTQError, match=message):
         run(calib_source=text)
     assert runner.calls == []
     run(calib_source=text, allow_eval_calibration=True)

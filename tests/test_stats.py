@@ -88,7 +88,8 @@ def test_a_mean_over_tasks_weighs_tasks_alike():
     assert found.value == 0.5 and found.low == found.high == 0.5
 
 
-@pytest.mark.parametrize("other", [Sample.documents("01" * 8), Sample.windows([1.0] * 20, 1), Sample.documents("01" * 11)])
+@pytest.mark.parametrize("other", [Sample.documents("01" * 8), Sample.windows([1.0] * 20, 1),
+                                   Sample.documents("01" * 11)])
 def test_unpaired_samples_are_refused(other):
     with pytest.raises(ValueError, match="same windows or documents"):
         stats.difference(Sample.documents("01" * 10), other)

@@ -55,7 +55,8 @@ def test_whatever_decides_the_result_is_in_the_identity(store, change):
     assert len(list(store.records())) == 2
 
 
-@pytest.mark.parametrize("key, value", [("limit", 64), ("num_fewshot", 5), ("version", 2), ("digest", "x"), ("name", "other")])
+@pytest.mark.parametrize("key, value", [("limit", 64), ("num_fewshot", 5), ("version", 2), ("digest", "x"),
+                                        ("name", "other")])
 def test_the_task_is_part_of_the_identity(store, key, value):
     record = fake.evaluation("gptq", "world_math")
     store.put(record)
@@ -84,7 +85,8 @@ def test_an_edited_identity_is_found_out(store):
         store.find(record.identity)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}", '{"format": 1, "hash": "x", "identity": {}}', "\x00\xff"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "{}",
+                                     '{"format": 1, "hash": "x", "identity": {}}', "\x00\xff"])
 def test_a_broken_file_is_named(store, content):
     store.put(fake.evaluation("gptq", "world_math"))
     path = only_file(store)
@@ -194,7 +196,8 @@ def test_full_precision_and_round_to_nearest_belong_to_every_calibration():
 
 
 def test_limited_and_full_runs_never_share_a_table():
-    full, limited = fake.evaluation("fp16", "world_math").identity, fake.evaluation("fp16", "world_math", limit=64).identity
+    full = fake.evaluation("fp16", "world_math").identity
+    limited = fake.evaluation("fp16", "world_math", limit=64).identity
     assert fake.setting().holds(full) and not fake.setting().holds(limited)
     assert fake.setting(limit=64).holds(limited) and not fake.setting(limit=64).holds(full)
     assert fake.setting().stem != fake.setting(limit=64).stem

@@ -48,7 +48,8 @@ def write_all(store: Store, model: str) -> list[Path]:
     return [path for setting in data.settings(store, model) for path in write(store, setting)]
 
 
-def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl", methods: Iterable[str] = ()) -> list[Path]:
+def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl",
+                    methods: Iterable[str] = ()) -> list[Path]:
     """Draws perplexity against the severity of planted outliers; returns the paths, none if fewer than two severities
     have records.
 
@@ -70,7 +71,8 @@ def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl"
     if not points:
         return []
     figure = plots.severity(base, task, points, setting.scheme)
-    return _write(store, replace(setting, model={**setting.model, "name": base}), plots.files(figure, f"{setting.stem}-severity"))
+    plain = replace(setting, model={**setting.model, "name": base})
+    return _write(store, plain, plots.files(figure, f"{setting.stem}-severity"))
 
 
 def _band(comparison: data.Comparison, row: data.Row, task: str) -> tuple[float, float, float]:

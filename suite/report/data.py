@@ -18,7 +18,8 @@ HYBRID = "cka-hybrid"
 
 # the order of columns, and their headings
 TASKS = {
-    "world_wiki_ppl": "wiki", "world_chat_ppl": "chat", "wikitext2_ppl": "WikiText-2", "c4_ppl": "C4", "text_ppl": "text",
+    "world_wiki_ppl": "wiki", "world_chat_ppl": "chat", "wikitext2_ppl": "WikiText-2", "c4_ppl": "C4",
+    "text_ppl": "text",
     "world_math": "math", "world_events": "events", "world_quiz": "quiz", "world_code": "code",
     "gsm8k": "GSM8K", "hellaswag": "HellaSwag", "mmlu": "MMLU", "humaneval": "HumanEval",
 }
@@ -121,7 +122,7 @@ def heading(task: str) -> str:
 
 
 def compare(store: Store, setting: Setting, methods: Iterable[str] = (), tasks: Iterable[str] = ()) -> Comparison:
-    """The comparison of a setting: every variant and task that has a record, and those asked for even where they have none.
+    """The comparison of a setting: every variant and task that has a record, and those asked for even without one.
 
     Where a task was measured in two versions, the one measured last counts, and the other's cells are empty.
     """
@@ -180,9 +181,9 @@ def settings(store: Store, model: str) -> list[Setting]:
 
 
 def _setting(identity: Mapping[str, Any], calibration: Mapping[str, Any] | None, input_policy: str | None) -> Setting:
-    return Setting(identity["model"], identity["scheme"], identity["mode"], calibration, input_policy, identity["dtype"],
-                   identity["seed"], identity["numerics"], identity["libraries"], identity["task"]["limit"],
-                   identity["task"]["fewshot"])
+    return Setting(identity["model"], identity["scheme"], identity["mode"], calibration, input_policy,
+                   identity["dtype"], identity["seed"], identity["numerics"], identity["libraries"],
+                   identity["task"]["limit"], identity["task"]["fewshot"])
 
 
 # ---------------------------------------------------------------------------------------------- what is better
@@ -207,7 +208,7 @@ def best_mean(comparison: Comparison) -> str | None:
     if len(scored) < 2 or any(sample is None for _, samples in scored for sample in samples):
         return None
     (label, first), (_, second) = sorted(scored, key=lambda pair: -sum(sample.score for sample in pair[1]))[:2]
-    return label if stats.mean_difference(list(zip(first, second))).low > 0 else None
+    return label if stats.mean_difference(list(zip(first, second, strict=True))).low > 0 else None
 
 
 def mean_accuracy(row: Row, tasks: Sequence[str]) -> float | None:

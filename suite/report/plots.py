@@ -21,7 +21,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 from suite.report.data import HYBRID, Comparison, Row, heading
 
 _RC = {"svg.hashsalt": "ptq-suite", "font.size": 9, "axes.titlesize": 10, "axes.spines.top": False,
-       "axes.spines.right": False, "hatch.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 160}
+       "axes.spines.right": False, "hatch.linewidth": 0.6, "legend.frameon": False, "figure.dpi": 100,
+       "savefig.dpi": 160}
 
 # colour, marker, line, hatch. The colours are those of Okabe and Ito, told apart by colour-blind readers too.
 _STYLES = {
@@ -36,7 +37,8 @@ _STYLES = {
     "mp-gptq": ("#882255", "X", (0, (3, 3)), "---"),
     HYBRID: ("#D55E00", "*", "-", "OO"),
 }
-_SPARE = (("#44AA99", "<", "--", "||"), ("#332288", ">", "-.", "**"), ("#DDCC77", "h", ":", "/o"), ("#AA4499", "d", "--", "\\o"))
+_SPARE = (("#44AA99", "<", "--", "||"), ("#332288", ">", "-.", "**"), ("#DDCC77", "h", ":", "/o"),
+          ("#AA4499", "d", "--", "\\o"))
 
 
 def style(label: str) -> tuple[str, str, Any, str]:
@@ -85,7 +87,8 @@ def choices(comparison: Comparison, row: Row) -> Figure:
     with matplotlib.rc_context(_RC):
         for i, name in enumerate(chosen):
             colour, _, _, hatch = style(name)
-            strip.add_patch(Rectangle((i - 0.5, 0), 1, 1, facecolor=colour, edgecolor="black", hatch=hatch, linewidth=0.8))
+            strip.add_patch(Rectangle((i - 0.5, 0), 1, 1, facecolor=colour, edgecolor="black", hatch=hatch,
+                                      linewidth=0.8))
         strip.set(ylim=(0, 1), xlim=(-0.5, len(chosen) - 0.5), yticks=[])
         strip.spines[["left", "bottom"]].set_visible(False)
         strip.tick_params(bottom=False)
@@ -95,7 +98,7 @@ def choices(comparison: Comparison, row: Row) -> Figure:
                                      label=f"{n} ({chosen.count(n)})") for n in names],
                       loc="outside lower center", ncols=min(4, len(names)), handlelength=2.4, handleheight=1.4)
         known = [margin if margin and margin > 0 else np.nan for margin in margins]
-        for i, (name, margin) in enumerate(zip(chosen, known)):
+        for i, (name, margin) in enumerate(zip(chosen, known, strict=True)):
             colour, _, _, hatch = style(name)
             bars.bar(i, margin, width=0.7, color=colour, hatch=hatch, edgecolor="black", linewidth=0.8)
         if np.isfinite(known).any():
@@ -139,7 +142,8 @@ def candidates(comparison: Comparison, row: Row) -> Figure:
         if len(layers) <= 32:
             for i, j in np.ndindex(values.shape):
                 dark = norm(max(values[i, j], positive.min())) > 0.55
-                axes.text(j, i, _short(values[i, j]), ha="center", va="center", fontsize=6.5, color="white" if dark else "black")
+                axes.text(j, i, _short(values[i, j]), ha="center", va="center", fontsize=6.5,
+                          color="white" if dark else "black")
         axes.set_yticks(range(len(names)), names)
         axes.set_xticks(range(0, len(layers), max(1, math.ceil(len(layers) / 24))),
                         [str(layer["layer"]) for layer in layers][::max(1, math.ceil(len(layers) / 24))])
@@ -162,7 +166,8 @@ def _short(value: float) -> str:
 
 def error_growth(comparison: Comparison) -> Figure | None:
     """1 - CKA between the quantized and the full-precision model at each depth, one line per method."""
-    lines = {row.label: [(layer["layer"], layer["errors"]["cka"]) for layer in row.layers if (layer.get("errors") or {}).get("cka")]
+    lines = {row.label: [(layer["layer"], layer["errors"]["cka"]) for layer in row.layers
+                         if (layer.get("errors") or {}).get("cka")]
              for row in comparison.rows if row.quantized}
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
@@ -180,7 +185,8 @@ def error_growth(comparison: Comparison) -> Figure | None:
     return figure
 
 
-def severity(base: str, task: str, points: Mapping[str, Sequence[tuple[float, float, float, float]]], scheme: str) -> Figure:
+def severity(base: str, task: str, points: Mapping[str, Sequence[tuple[float, float, float, float]]],
+             scheme: str) -> Figure:
     """Perplexity against the severity of planted outliers, one line per method.
 
     points: variant -> (severity, perplexity, low, high), the bootstrap interval over windows of the difference to full
@@ -209,7 +215,7 @@ def severity(base: str, task: str, points: Mapping[str, Sequence[tuple[float, fl
 
 def _line(axes, label: str, points: Sequence[tuple[float, float]]) -> None:
     colour, marker, line, _ = style(label)
-    axes.plot(*zip(*points), color=colour, marker=marker, linestyle=line, linewidth=1.5, markersize=6.5,
+    axes.plot(*zip(*points, strict=True), color=colour, marker=marker, linestyle=line, linewidth=1.5, markersize=6.5,
               markeredgecolor="black" if marker not in ("x",) else colour, markeredgewidth=0.6, label=label)
 
 
@@ -217,6 +223,7 @@ def _log_ticks(axes, values: Sequence[float]) -> None:
     """Labels at 1, 2, 5 where the values span less than two decades, else at the decades."""
     if max(values) < 100 * min(values):
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if value >= 0.1 else _short(value).replace(".0", ""))
+        axes.yaxis.set_major_formatter(
+            lambda value, _: f"{value:g}" if value >= 0.1 else _short(value).replace(".0", ""))
     axes.yaxis.set_minor_formatter(NullFormatter())
 

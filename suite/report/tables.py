@@ -49,7 +49,8 @@ def _numbers(comparison: Comparison, row: Row, task: str) -> dict[str, float | N
     own = score.sample and stats.interval(score.sample)
     values = [score.value, *((own and own.low, own and own.high) if perplexity else (score.stderr,))]
     found = delta(comparison, row, task)
-    return dict(zip(names, [*values, *((found.value, found.low, found.high) if found else (None,) * 3)]))
+    differences = (found.value, found.low, found.high) if found else (None,) * 3
+    return dict(zip(names, [*values, *differences], strict=True))
 
 
 def delta(comparison: Comparison, row: Row, task: str) -> stats.Interval | None:
@@ -118,13 +119,13 @@ def caption(comparison: Comparison) -> str:
     """What the numbers are: model, format, calibration, mode, limits, protocol, versions. One paragraph."""
     setting, c = comparison.setting, comparison.setting.calibration
     sentences = [f"{comparison.title}: {setting.scheme or 'full precision'}, {setting.mode} mode"
-                 + (" (each method with its own published settings and calibration)" if setting.mode == "native" else "")
+                 + (" (each method with its published settings and calibration)" if setting.mode == "native" else "")
                  + f", computed in {setting.dtype}."]
     if c:
         sentences.append(f"Calibration: {c['source']}, {c['nsamples']} x {c['seqlen']} tokens, seed {c['seed']}, "
                          f"sha256 {c['digest'][:12]}; inputs of each layer from the {setting.input_policy} model.")
     sentences.append("All documents and windows." if setting.limit is None
-                     else f"LIMITED to the first {setting.limit} documents of each task: for a quick look, not for citing.")
+                     else f"LIMITED to the first {setting.limit} documents of each task: a quick look, not for citing.")
     if setting.fewshot is not None:
         sentences.append(f"{setting.fewshot} examples before each question.")
     sentences += _protocols(comparison)
@@ -145,16 +146,18 @@ def _protocols(comparison: Comparison) -> list[str]:
                         f"documents joined by: {info.get('join')}")
             told.setdefault(protocol, []).append(f"{heading(task)} {info.get('tokens'):,} tokens, data sha256 "
                                                  f"{str(info.get('data_digest'))[:12]}")
-    return [f"Perplexity: exp of the mean token NLL, {protocol} ({'; '.join(tasks)})." for protocol, tasks in told.items()]
+    return [f"Perplexity: exp of the mean token NLL, {protocol} ({'; '.join(tasks)})."
+            for protocol, tasks in told.items()]
 
 
 def notes(comparison: Comparison) -> list[str]:
     """The footnotes: what bold means, what the numbers behind ± and in brackets are, and any warning."""
-    found = [f"Bold: the best of the quantized rows, and only where it is better than the second by a paired bootstrap over "
-             f"windows or documents ({stats.LEVEL:.0%}, {stats.RESAMPLES:,} draws); no bold means that the first two cannot be "
-             f"told apart.",
-             "Δ FP16: difference to the full-precision row, with its paired bootstrap interval in brackets where given. "
-             "±: standard error. Bits: per weight of the decoder layers, scales counted. Seconds: to quantize."]
+    found = [f"Bold: the best of the quantized rows, and only where it is better than the second by a paired bootstrap "
+             f"over windows or documents ({stats.LEVEL:.0%}, {stats.RESAMPLES:,} draws); no bold means that the first "
+             f"two cannot be told apart.",
+             "Δ FP16: difference to the full-precision row, with its paired bootstrap interval in brackets where given; the "
+             "intervals of the perplexities themselves stand in the CSV. ±: standard error. Bits: per weight of decoder "
+             "layers, scales counted. Seconds: to quantize."]
     if any(score.overlaps for row in comparison.rows for score in row.scores.values()):
         found.append(f"{_OVERLAP} Calibrated on the text it is evaluated on: not a fair number.")
     return found
@@ -179,11 +182,11 @@ def latex(comparison: Comparison) -> str:
     """A table float for booktabs, with the footnotes in its caption."""
     headings, rows = _cells(comparison, intervals=False)
     table = [[rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text) for cell in row] for row in rows]
-    lines = [r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}", r"\toprule",
-             " & ".join(map(_tex, headings)) + r" \\", r"\midrule",
+    lines = [r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
+             r"\toprule", " & ".join(map(_tex, headings)) + r" \\", r"\midrule",
              *(" & ".join(row) + r" \\" for row in table), r"\bottomrule", r"\end{tabular}",
              rf"\caption{{{_tex(' '.join([caption(comparison), *notes(comparison)]))}}}",
-             rf"\label{{tab:{comparison.setting.stem}}}", r"\end{table}"]
+             rf"\label{{tab:{comparison.model}-{comparison.setting.stem}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
 
