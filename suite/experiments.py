@@ -130,9 +130,10 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
               options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
               calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
               fast: bool = False, limit: int | None = None, fewshot: int | None = None,
-              allow_eval_calibration: bool = False, fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
-              batch_size: int | None = None, threads: int | None = None, workers: int | None = 1,
-              progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
+              allow_eval_calibration: bool = False, fresh: bool = False, revision: str | None = None,
+              device: str | None = None, dtype: str | None = None, batch_size: int | None = None,
+              threads: int | None = None, workers: int | None = 1, progress: Progress | None = None,
+              runner: Callable[..., Any] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
