@@ -155,7 +155,7 @@ def notes(comparison: Comparison) -> list[str]:
     found = [f"Bold: the best of the quantized rows, and only where it is better than the second by a paired bootstrap "
              f"over windows or documents ({stats.LEVEL:.0%}, {stats.RESAMPLES:,} draws); no bold means that the first "
              f"two cannot be told apart.",
-             "Δ FP16: difference to the full-precision row, its paired bootstrap interval in brackets where given; the "
+             "Δ FP16: difference to the full-precision row, its paired bootstrap interval in brackets; the "
              "intervals of the perplexities themselves stand in the CSV. ±: standard error. Bits: per weight of decoder "
              "layers, scales counted. Seconds: to quantize."]
     if any(score.overlaps for row in comparison.rows for score in row.scores.values()):
