@@ -1,4 +1,4 @@
-"""MP-GPTQ: GPTQ with bits of its own for every decoder layer, chosen for the least damage within a mean of so many bits.
+"""MP-GPTQ: GPTQ with bits of its own for each decoder layer, chosen for the least damage within a mean number of bits.
 
 The comparison "bits differ from layer to layer" against the hybrid's "methods differ from layer to layer". No reference
 implementation is known; this file defines the rule.
@@ -36,15 +36,15 @@ LOSS_TOKENS = 16384  # calibration tokens on which the loss is measured
 class MPGPTQ:
     """Objective: min over b of sum_l s_l(b_l), subject to sum_l n_l b_l <= mean * sum_l n_l, n_l weights in layer l.
 
-    The integer program is solved exactly. s_l(b), the sensitivity of layer l to b bits, is taken on the unquantized model:
+    The integer program is solved exactly. s_l(b), the sensitivity of layer l to b bits, is that of the original model:
 
-    "hessian": sum over linears of tr(D G D') / tr(W G W'), G the Gram matrix of the linear's inputs and D the change of its
-               weight W by GPTQ at b bits: the squared error of its outputs, relative to their size.
+    "hessian": sum over linears of tr(D G D') / tr(W G W'), G the Gram matrix of the linear's inputs and D the change
+               of its weight W by GPTQ at b bits: the squared error of its outputs, relative to their size.
     "loss":    NLL with this layer alone at b bits, minus the NLL with its weights in 16 bit; activations of this layer
                rounded in both.
 
-    bits:  widths to choose from; 16 leaves a layer's weights as they are. The scheme's own (wbits) is always among them,
-           so that the uniform choice is one of those compared.
+    bits:  widths to choose from; 16 leaves a layer's weights as they are. The scheme's own (wbits) is always among
+           them, so that the uniform choice is one of those compared.
     mean:  bits per weight of the decoder layers, scales not counted; None: the scheme's. So wbits=3 is 16, 4, 3 or 2
            bits with a mean of 3.
 
@@ -67,8 +67,10 @@ class MPGPTQ:
         if self.sensitivity not in SENSITIVITIES:
             raise unknown("sensitivity", self.sensitivity, SENSITIVITIES)
         if self.mean is not None and not min(self.choices) <= self.mean <= UNQUANTIZED_BITS:
-            raise PTQError(f"mean is {self.mean:g} bits: with choices of {', '.join(map(str, self.choices))} bits allowed are "
-                           f"{min(self.choices)} to {UNQUANTIZED_BITS}")
+            raise PTQError(
+                f"mean is {self.mean:g} bits: with choices of {', '.join(map(str, self.choices))} bits allowed are "
+                f"{min(self.choices)} to {UNQUANTIZED_BITS}"
+            )
 
     @property
     def choices(self) -> tuple[int, ...]:
@@ -88,9 +90,14 @@ class MPGPTQ:
         chosen = allocate(scores, sizes, self.choices, self.bound)
         total = sum(sizes)
         uniform = self.choices.index(self.scheme.weight.bits)
-        note = {"choices": list(self.choices), "sensitivity": self.sensitivity, "scores": scores,
-                "objective": sum(row[k] for row, k in zip(scores, chosen)), "bound": float(self.bound),
-                "mean": sum(n * self.choices[k] for n, k in zip(sizes, chosen)) / total}
+        note = {
+            "choices": list(self.choices),
+            "sensitivity": self.sensitivity,
+            "scores": scores,
+            "objective": sum(row[k] for row, k in zip(scores, chosen, strict=True)),
+            "bound": float(self.bound),
+            "mean": sum(n * self.choices[k] for n, k in zip(sizes, chosen, strict=True)) / total,
+        }
         if self.scheme.weight.bits <= self.bound:
             note["objective of uniform bits"] = sum(row[uniform] for row in scores)
         planned = [Noted(rules[self.choices[k]], {"wbits": self.choices[k]}) for k in chosen]
@@ -104,7 +111,9 @@ class MPGPTQ:
         for view in walk(model, calib):
             progress.tell(f"sensitivity of layer {view.index + 1} of {total}")
             sizes.append(sum(view.weight(name).numel() for site in view.sites for name in site.linears))
-            untouched = rules.get(UNQUANTIZED_BITS) or build("gptq", **{**self.scheme.options, "wbits": UNQUANTIZED_BITS})
+            untouched = rules.get(UNQUANTIZED_BITS) or build(
+                "gptq", **{**self.scheme.options, "wbits": UNQUANTIZED_BITS}
+            )
             base = measure(view, untouched.quantize(view))
             row = []
             for bits in self.choices:
@@ -134,7 +143,7 @@ class _Loss:
 
     def __init__(self, model: nn.Module, calib: Any):
         self._model, self._count = model, calib.sequences(LOSS_TOKENS)
-        self._tokens, self._step = calib.tokens[:self._count], calib.step()
+        self._tokens, self._step = calib.tokens[: self._count], calib.step()
         self._kwargs = layer_kwargs(model, calib.tokens.to(arch.embedding(model).weight.device))
 
     def __call__(self, view: LayerView, edit: LayerEdit) -> float:
@@ -142,7 +151,9 @@ class _Loss:
         return nll_from(self._model, hidden, view.index + 1, self._tokens, self._kwargs, self._step)
 
 
-def allocate(scores: Sequence[Sequence[float]], sizes: Sequence[int], choices: Sequence[int], mean: Fraction) -> list[int]:
+def allocate(
+    scores: Sequence[Sequence[float]], sizes: Sequence[int], choices: Sequence[int], mean: Fraction
+) -> list[int]:
     """The index of the choice of each layer that minimises the sum of scores (l, c) within the budget.
 
     sizes: weights of each layer; choices: bits. The budget, sum of sizes * bits <= mean * sum of sizes, holds exactly.
@@ -153,8 +164,10 @@ def allocate(scores: Sequence[Sequence[float]], sizes: Sequence[int], choices: S
     """
     values = np.asarray(scores, dtype=float)  # (l, c)
     if not np.isfinite(values).all():
-        raise PTQError(f"layer {int(np.argwhere(~np.isfinite(values))[0][0])}: its sensitivity is not finite; "
-                       f"look at the calibration data")
+        raise PTQError(
+            f"layer {int(np.argwhere(~np.isfinite(values))[0][0])}: its sensitivity is not finite; "
+            f"look at the calibration data"
+        )
     layers, count = values.shape
     unit = np.gcd.reduce(np.asarray(sizes, dtype=np.int64))
     cost = np.asarray([[n // int(unit) * b for b in choices] for n in sizes], dtype=np.int64)  # (l, c)
@@ -162,12 +175,20 @@ def allocate(scores: Sequence[Sequence[float]], sizes: Sequence[int], choices: S
     largest = np.abs(values).max()
     one_each = np.kron(np.eye(layers), np.ones(count))  # (l, l * c)
     spent = budget
-    while True:  # the solver's tolerance may overstep the budget by a hair; integers tell, and the bound is then one less
-        found = milp((values / largest if largest else values).ravel(), integrality=np.ones(layers * count), bounds=Bounds(0, 1),
-                     constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost.reshape(1, -1), -np.inf, spent)],
-                     options={"mip_rel_gap": 0})
+    while (
+        True
+    ):  # the solver's tolerance may overstep the budget by a hair; integers tell, and the bound is then one less
+        found = milp(
+            (values / largest if largest else values).ravel(),
+            integrality=np.ones(layers * count),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(cost.reshape(1, -1), -np.inf, spent)],
+            options={"mip_rel_gap": 0},
+        )
         if found.x is None:
-            raise PTQError(f"a mean of {float(mean):g} bits cannot be met with {', '.join(map(str, choices))} bits per layer")
+            raise PTQError(
+                f"a mean of {float(mean):g} bits cannot be met with {', '.join(map(str, choices))} bits per layer"
+            )
         chosen = found.x.reshape(layers, count).argmax(1)
         if int(cost[np.arange(layers), chosen].sum()) <= budget:
             return chosen.tolist()

@@ -1,8 +1,8 @@
-"""SpinQuant (Liu et al., arXiv 2405.16406): rotate the whole model so that its activations have no outliers, then round.
+"""SpinQuant (Liu et al., arXiv 2405.16406): rotate the model so that its activations have no outliers, then round.
 
 Rotations leave the function of the unquantized model as it is, and spread what one channel held over all of them. Those
-that are absorbed in weights are learned: they start as random Hadamard matrices and go down the loss of the network with
-rounded activations.
+that are absorbed in weights are learned: they start as random Hadamard matrices and go down the loss of the network
+with rounded activations.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ INNER = ("gptq", "rtn")
 class SpinQuant:
     """Objective: orthogonal R1, R2 that minimise the model's NLL with activations on their grid and weights in 16 bit.
 
-    Source: section 3 of the paper. R1 (hidden width) rotates the residual stream, one R2 (width of a head) per layer the
-    values between v and o; both stand in the weights afterwards. Then the inner method rounds the rotated weights.
+    Source: section 3 of the paper. R1 (hidden width) rotates the residual stream, one R2 (width of a head) per layer
+    the values between v and o; both stand in the weights afterwards. Then the inner method rounds the rotated weights.
 
-    rotation:      "learned", from a random-hadamard start; or that start alone, a plain "hadamard", a "random" orthogonal
-                   matrix, or "none": neither R1 nor R2, so the inner method alone (for comparison).
+    rotation:      "learned", from a random-hadamard start; or that start alone, a plain "hadamard", a "random"
+                   orthogonal matrix, or "none": neither R1 nor R2, so the inner method alone (for comparison).
     variant:       "no_had": R1 and R2 only, so the model runs at no extra cost. "had": also R4, a Hadamard transform
                    before down_proj at run time; and R3, one on queries and keys, where the key-value cache is rounded.
     inner:         "gptq" or "rtn", with their default options and this scheme.
@@ -66,8 +66,11 @@ class SpinQuant:
     rewrites_model = True  # its rules fit only the model that its plan has rotated
 
     def __post_init__(self):
-        for kind, value, allowed in (("rotation", self.rotation, ROTATIONS), ("variant", self.variant, VARIANTS),
-                                     ("inner", self.inner, INNER)):
+        for kind, value, allowed in (
+            ("rotation", self.rotation, ROTATIONS),
+            ("variant", self.variant, VARIANTS),
+            ("inner", self.inner, INNER),
+        ):
             if value not in allowed:
                 raise unknown(kind, value, allowed)
         hadamard.check_fallback(self.fallback)
@@ -77,15 +80,17 @@ class SpinQuant:
         if not (0 < self.learning_rate < math.inf):
             raise PTQError(f"learning_rate is {self.learning_rate}: allowed are positive numbers")
         if self.rotation == "learned" and self.scheme.act is None and not self.scheme.weight.quantized:
-            raise PTQError(f"rotations cannot be learned at {self.scheme}, where nothing is rounded: "
-                           f"give fewer bits, or another rotation")
+            raise PTQError(
+                f"rotations cannot be learned at {self.scheme}, where nothing is rounded: "
+                f"give fewer bits, or another rotation"
+            )
 
     @property
     def needs_calibration(self) -> bool:
         return self.rotation == "learned" or self.inner != "rtn"
 
     def check(self, config: Any) -> None:
-        """Raises PTQError if a width of the model (a Hugging Face configuration) has no Hadamard matrix that may be used."""
+        """Raises PTQError if a width of a model, told by its configuration, has no Hadamard matrix that may be used."""
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         widths = {}
         if self.rotation in ("learned", "random-hadamard", "hadamard"):
@@ -101,8 +106,10 @@ class SpinQuant:
     def plan(self, model: nn.Module, calib: Any) -> Sequence[LayerMethod]:
         self.check(model.config)
         if calib is None and self.needs_calibration:
-            raise PTQError("spinquant needs calibration data: pass --calib embedded, a text file, or a set; "
-                           "or inner=rtn with a rotation that is not learned")
+            raise PTQError(
+                "spinquant needs calibration data: pass --calib embedded, a text file, or a set; "
+                "or inner=rtn with a rotation that is not learned"
+            )
         note: dict[str, Any] = {"kind": self.rotation, "variant": self.variant}
         if self.variant == "had":
             note |= self._stay_online(model)
@@ -131,9 +138,19 @@ class SpinQuant:
         if self.rotation == "learned":
             schedule = rotate.Schedule(self.steps, self.learning_rate, self.batch, self.seed)
             weight = self.scheme.weight if self.scheme.act is None else None
-            note = {"start": "random-hadamard", "learned with": "rounded activations" if weight is None else "rounded weights"}
-            rotations, course = rotate.learn(model, rotations, calib.tokens, schedule, self.scheme.act, weight,
-                                             lambda step, text: progress.tell(text))
+            note = {
+                "start": "random-hadamard",
+                "learned with": "rounded activations" if weight is None else "rounded weights",
+            }
+            rotations, course = rotate.learn(
+                model,
+                rotations,
+                calib.tokens,
+                schedule,
+                self.scheme.act,
+                weight,
+                lambda step, text: progress.tell(text),
+            )
             note |= course
         rotate.rotate_(model, rotations)
         return {**note, "sha256": rotations.digests()}

@@ -32,10 +32,18 @@ FALLBACKS = ("constructed", "block-hadamard", "random")
 _RADIX = 64  # the fast transform multiplies by matrices of at most this order: fewer passes over memory than by 2
 
 _CIRCULANT = {  # n -> first rows of the four circulant blocks
-    39: ("++-++-++++++--+++++-+-++-+-+-+----++-++", "+-++-+-+++-+-+-----++-----+++--++-+--+-",
-         "+-++++-+++++-----+-++--+-+-++--++-+--++", "+++--++-----+-+++-++--+-----+++++--++--"),
-    43: ("+--+-++---+-+------++--++------+-+---++-+--", "+--+-+++--+-+-----+++--++-+-++++-++--++-+--",
-         "++--+--+-+-+-++++++--+---++-+++---+++----+-", "+-+---+++-+-------+---+++-+++++++-+---+++-+"),
+    39: (
+        "++-++-++++++--+++++-+-++-+-+-+----++-++",
+        "+-++-+-+++-+-+-----++-----+++--++-+--+-",
+        "+-++++-+++++-----+-++--+-+-++--++-+--++",
+        "+++--++-----+-+++-++--+-----+++++--++--",
+    ),
+    43: (
+        "+--+-++---+-+------++--++------+-+---++-+--",
+        "+--+-+++--+-+-----+++--++-+-++++-++--++-+--",
+        "++--+--+-+-+-++++++--+---++-+++---+++----+-",
+        "+-+---+++-+-------+---+++-+++++++-+---+++-+",
+    ),
 }
 
 
@@ -63,8 +71,10 @@ def hadamard(m: int) -> Tensor:
         return _goethals_seidel(m // 4)
     if m % 2 == 0 and _reached(m // 2):
         return torch.kron(hadamard(2), hadamard(m // 2))
-    raise PTQError(f"no Hadamard matrix of order {m} is known here: orders are 1, 2, and multiples of 4 that Paley's or "
-                   f"Goethals and Seidel's construction reaches")
+    raise PTQError(
+        f"no Hadamard matrix of order {m} is known here: orders are 1, 2, and multiples of 4 that Paley's or "
+        f"Goethals and Seidel's construction reaches"
+    )
 
 
 def _reached(m: int) -> bool:
@@ -92,8 +102,13 @@ def _jacobsthal(q: int) -> Tensor:
     elements = list(itertools.product(range(prime), repeat=degree))  # polynomials, the constant term first
     modulus = _irreducible(prime, degree)
     squares = {_product(a, a, modulus, prime) for a in elements[1:]}
-    table = [[0 if a == b else 1 if tuple((x - y) % prime for x, y in zip(a, b)) in squares else -1 for b in elements]
-             for a in elements]
+    table = [
+        [
+            0 if a == b else 1 if tuple((x - y) % prime for x, y in zip(a, b, strict=True)) in squares else -1
+            for b in elements
+        ]
+        for a in elements
+    ]
     return torch.tensor(table, dtype=torch.int8)
 
 
@@ -115,8 +130,11 @@ def _irreducible(prime: int, degree: int) -> tuple:
     if degree == 1:
         return (0,)
     for lower in itertools.product(range(prime), repeat=degree):
-        if not any(_divides(factor, (*lower, 1), prime) for k in range(1, degree // 2 + 1)
-                   for factor in ((*f, 1) for f in itertools.product(range(prime), repeat=k))):
+        if not any(
+            _divides(factor, (*lower, 1), prime)
+            for k in range(1, degree // 2 + 1)
+            for factor in ((*f, 1) for f in itertools.product(range(prime), repeat=k))
+        ):
             return lower
     raise AssertionError("there is one of every degree")
 
@@ -140,7 +158,7 @@ def _paley_one(q: int) -> Tensor:
 
 
 def _paley_two(q: int) -> Tensor:
-    """Order 2 (q + 1): of the symmetric C = [[0, 1], [1, Q]], every 0 becomes [[1, -1], [-1, -1]], every c becomes c H_2."""
+    """Order 2 (q + 1): of the symmetric C = [[0, 1], [1, Q]], 0 becomes [[1, -1], [-1, -1]], and c becomes c H_2."""
     c = torch.zeros(q + 1, q + 1, dtype=torch.int8)
     c[0, 1:], c[1:, 0], c[1:, 1:] = 1, 1, _jacobsthal(q)
     middle = torch.tensor([[1, -1], [-1, -1]], dtype=torch.int8)
@@ -152,7 +170,9 @@ def _goethals_seidel(n: int) -> Tensor:
     a, b, c, d = (torch.stack([row.roll(k) for k in range(n)]) for row in rows)  # (n, n) each
     br, cr, dr = (x.flip(1) for x in (b, c, d))  # times the back-diagonal matrix
     bt, ct, dt = (x.T.flip(1) for x in (b, c, d))
-    return torch.cat([torch.cat(line, 1) for line in ((a, br, cr, dr), (-br, a, dt, -ct), (-cr, -dt, a, bt), (-dr, ct, -bt, a))])
+    return torch.cat(
+        [torch.cat(line, 1) for line in ((a, br, cr, dr), (-br, a, dt, -ct), (-cr, -dt, a, bt), (-dr, ct, -bt, a))]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- maps
@@ -160,7 +180,7 @@ def _goethals_seidel(n: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Orthogonal:
-    """The orthogonal map x -> x (I_b kron F kron H_p) of vectors of width n = b * m * p: little to store, fast to apply.
+    """The orthogonal map x -> x (I_b kron F kron H_p) of vectors of width n = b * m * p: small to store, fast to apply.
 
     factor (m, m): a Hadamard matrix divided by sqrt(m), or any orthogonal matrix; power: p; name: for records.
 
@@ -237,10 +257,10 @@ def online(n: int, fallback: str = "", seed: int = 0) -> Orthogonal:
 
     fallback, where the public tables have no matrix of order n: "constructed": a Hadamard matrix that is built here and
     that no engine's kernel has; "block-hadamard": equal blocks of the largest power of two, or tabulated order, that
-    divides n; "random": a seeded random orthogonal matrix of the odd part of n, times the transform of the power of two.
+    divides n; "random": a seeded random orthogonal matrix of the odd part of n, times the power of two's transform.
 
-    Raises PTQError: there is no such matrix and no fallback was asked for; an unknown fallback; a fallback that does not
-    help either.
+    Raises PTQError: there is no such matrix and no fallback was asked for; an unknown fallback; a fallback that does
+    not help either.
 
     >>> online(4864, "block-hadamard").name
     'block-hadamard 19 x 256'
@@ -255,9 +275,13 @@ def online(n: int, fallback: str = "", seed: int = 0) -> Orthogonal:
         for m in (n // p, 2 * n // p, 4 * n // p):
             if n % m == 0 and _reached(m):
                 return Orthogonal(f"constructed hadamard {m} x {n // m}", hadamard(m).double() / math.sqrt(m), n // m)
-        raise PTQError(f"no Hadamard matrix of order {n} can be constructed here: use the fallback block-hadamard or random")
+        raise PTQError(
+            f"no Hadamard matrix of order {n} can be constructed here: use the fallback block-hadamard or random"
+        )
     if fallback == "block-hadamard":
-        size = max((m * q for m in TABULATED for q in (2**k for k in range(n.bit_length())) if n % (m * q) == 0), default=1)
+        size = max(
+            (m * q for m in TABULATED for q in (2**k for k in range(n.bit_length())) if n % (m * q) == 0), default=1
+        )
         if size < 2:
             raise PTQError(f"no block of a Hadamard matrix divides the odd width {n}: use the fallback random")
         m, q = decompose(size)
@@ -265,8 +289,10 @@ def online(n: int, fallback: str = "", seed: int = 0) -> Orthogonal:
     if fallback == "random":
         generator = torch.Generator().manual_seed(seed)
         return Orthogonal(f"random {n // p} x hadamard {p}, seed {seed}", random_orthogonal(n // p, generator), p)
-    raise PTQError(f"no Hadamard matrix of order {n} in the public tables (orders are a power of two times "
-                   f"{', '.join(map(str, TABULATED))}): ask for a fallback, one of {', '.join(FALLBACKS)}")
+    raise PTQError(
+        f"no Hadamard matrix of order {n} in the public tables (orders are a power of two times "
+        f"{', '.join(map(str, TABULATED))}): ask for a fallback, one of {', '.join(FALLBACKS)}"
+    )
 
 
 def check_fallback(fallback: str) -> None:
@@ -275,12 +301,12 @@ def check_fallback(fallback: str) -> None:
 
 
 def random_orthogonal(n: int, generator: torch.Generator) -> Tensor:
-    """(n, n) float64, uniform over the orthogonal group: the Q of a Gaussian matrix, its signs fixed by R's diagonal."""
+    """(n, n) float64, uniform over the orthogonal group: Q of a Gaussian matrix, its signs those of R's diagonal."""
     q, r = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))
     return (q * r.diagonal().sign()).contiguous()
 
 
 def random_hadamard(n: int, generator: torch.Generator, fallback: str = "") -> Tensor:
-    """(n, n) float64: a random sign for every channel, then the Hadamard transform. Raises PTQError as `online` does."""
+    """(n, n) float64: random signs of the channels, then the Hadamard transform. Raises PTQError as `online` does."""
     signs = torch.randint(0, 2, (n,), generator=generator).double() * 2 - 1
     return signs[:, None] * online(n, fallback, int(generator.initial_seed())).matrix()

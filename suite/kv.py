@@ -1,8 +1,8 @@
 """Rounding of the key-value cache, as an option of the model that goes with every method.
 
 Keys (after the rotary embedding) and values are rounded per token and head to an asymmetric grid before attention reads
-them. Rounding a token's keys and values does not depend on other tokens, so rounding what a cache returns is the same as
-storing it rounded: the arithmetic is simulated in floating point, like that of the weights.
+them. Rounding a token's keys and values does not depend on other tokens, so rounding what a cache returns is the same
+as storing it rounded: the arithmetic is simulated in floating point, like that of the weights.
 
 With SpinQuant's R3 (arXiv 2405.16406, section 3.2) queries and keys are rotated by one Hadamard matrix before the keys
 are rounded; their products stay.
@@ -12,7 +12,6 @@ Letters: b sequences, a heads, t tokens, h width of a head.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,7 +27,7 @@ _ATTRIBUTE = "kv"
 
 
 class KVRounding(nn.Module):
-    """What one attention module does to its keys and values. Holds no state: only how many bits, and R3 if there is one."""
+    """What one attention module does to its keys and values: the number of bits, and R3 if there is one."""
 
     def __init__(self, bits: int, rotation: Orthogonal | None = None):
         super().__init__()
@@ -49,7 +48,7 @@ class KVRounding(nn.Module):
 
 
 def round_heads(x: Tensor, bits: int) -> Tensor:
-    """(..., h) on an asymmetric grid of 2^bits values per vector, its scale in float32; gradients pass straight through.
+    """(..., h) on an asymmetric grid of 2^bits values per vector, scale in float32; gradients pass straight through.
 
     >>> round_heads(torch.tensor([0.0, 0.4, 1.0]), 2)
     tensor([0.0000, 0.3333, 1.0000])
@@ -90,10 +89,16 @@ def set_(model: nn.Module, bits: int, rotation: Orthogonal | None = None) -> Non
     if check(bits) == UNQUANTIZED_BITS:
         return
     for layer in arch.layers(model):
-        setattr(layer.get_submodule(arch.family(model).attention), _ATTRIBUTE, KVRounding(bits, rotation).train(model.training))
+        setattr(
+            layer.get_submodule(arch.family(model).attention),
+            _ATTRIBUTE,
+            KVRounding(bits, rotation).train(model.training),
+        )
     model.set_attn_implementation(ATTENTION)
     if model.config._attn_implementation != ATTENTION:
-        raise PTQError(f"kvbits is {bits}, but the attention of {model.config.model_type!r} cannot be exchanged: use kvbits 16")
+        raise PTQError(
+            f"kvbits is {bits}, but the attention of {model.config.model_type!r} cannot be exchanged: use kvbits 16"
+        )
 
 
 def rounding_of(model: nn.Module) -> KVRounding | None:

@@ -16,11 +16,13 @@ from suite import arch
 
 
 @torch.no_grad()
-def nll_from(model: nn.Module, hidden: Tensor, first: int, tokens: Tensor, kwargs: Sequence[Mapping[str, Any]], step: int = 8) -> float:
+def nll_from(
+    model: nn.Module, hidden: Tensor, first: int, tokens: Tensor, kwargs: Sequence[Mapping[str, Any]], step: int = 8
+) -> float:
     """Mean NLL, in nats, of tokens 2..t of every sequence, when `hidden` (n, t, d) enters layer `first`.
 
-    tokens (n, t); kwargs: of every layer, from `suite.walk.layer_kwargs`; step: sequences run at once. `first` may be the
-    number of layers: then `hidden` is what the last one put out.
+    tokens (n, t); kwargs: of every layer, from `suite.walk.layer_kwargs`; step: sequences run at once. `first` may be
+    the number of layers: then `hidden` is what the last one put out.
     """
     layers, total = arch.layers(model), 0.0
     for x, target in zip(hidden.split(step), tokens.to(hidden.device).split(step), strict=True):

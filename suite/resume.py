@@ -9,8 +9,8 @@ saves and asks for its state by a name, and need not know who started it:
             state = workspace.load("rotation")
             workspace.save("rotation", {"step": 7, "x": tensor})
 
-The folder appears with the first state that is saved and goes when the run ends well. It belongs to one identity (model,
-method, calibration, versions): another run refuses to continue from it.
+The folder appears with the first state that is saved and goes when the run ends well. It belongs to one identity
+(model, method, calibration, versions): another run refuses to continue from it.
 """
 
 from __future__ import annotations
@@ -52,12 +52,16 @@ class Workspace:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise PTQError(f"{str(self.folder)!r} is not the state of a run that was interrupted ({type(error).__name__}): "
-                           f"remove it, or give another output folder") from None
+            raise PTQError(
+                f"{str(self.folder)!r} is not the state of a run that was interrupted ({type(error).__name__}): "
+                f"remove it, or give another output folder"
+            ) from None
         if found != self.identity:
             different = sorted(key for key in {*found, *self.identity} if found.get(key) != self.identity.get(key))
-            raise PTQError(f"{str(self.folder)!r} holds the state of another run, which differs in {', '.join(different)}: repeat "
-                           f"that run, remove the folder, or give another output folder")
+            raise PTQError(
+                f"{str(self.folder)!r} holds the state of another run, which differs in {', '.join(different)}: repeat "
+                f"that run, remove the folder, or give another output folder"
+            )
         self._acquire()
 
     def _acquire(self) -> None:
@@ -65,8 +69,10 @@ class Workspace:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process dies
         except OSError:
-            raise PTQError(f"{str(self.folder)!r} is in use by a run that is still going: wait for it, or give another "
-                           f"output folder") from None
+            raise PTQError(
+                f"{str(self.folder)!r} is in use by a run that is still going: wait for it, or give another "
+                f"output folder"
+            ) from None
 
     def load(self, name: str) -> Any | None:
         """What was saved last under a name, tensors on the processor; None if nothing was.
@@ -79,7 +85,9 @@ class Workspace:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # the unpickler raises many kinds
-            raise PTQError(f"{str(path)!r} cannot be read ({type(error).__name__}): remove {str(self.folder)!r}") from None
+            raise PTQError(
+                f"{str(path)!r} cannot be read ({type(error).__name__}): remove {str(self.folder)!r}"
+            ) from None
 
     def save(self, name: str, state: Any) -> None:
         """Keeps a state (tensors, numbers, strings, lists, dicts of them), atomically."""
@@ -88,14 +96,18 @@ class Workspace:
             if self._lock is None:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._acquire()
-                self._write(_IDENTITY, lambda path: path.write_text(json.dumps(self.identity, indent=1, sort_keys=True) + "\n"))
+                self._write(
+                    _IDENTITY, lambda path: path.write_text(json.dumps(self.identity, indent=1, sort_keys=True) + "\n")
+                )
             self._write(f"{name}.pt", lambda path: torch.save(state, path))
         except OSError as error:
-            raise PTQError(f"{str(self.folder)!r} cannot be written ({error.strerror}): give another output folder") from None
+            raise PTQError(
+                f"{str(self.folder)!r} cannot be written ({error.strerror}): give another output folder"
+            ) from None
         self._saved[name] = time.monotonic(), time.monotonic() - start
 
     def due(self, name: str) -> bool:
-        """Whether it is time to save again: some seconds have passed, and saving takes but a small share of the time."""
+        """Whether it is time to save again: some seconds have passed, and saving takes a small share of the time."""
         now = time.monotonic()
         when, took = self._saved.setdefault(name, (now, 0.0))
         return now - when >= max(SECONDS, took / _SHARE)

@@ -1,9 +1,9 @@
 """Rotations of a whole model that leave its function as it is, and learning them.
 
-Source: SpinQuant (arXiv 2405.16406), section 3: R1 rotates the residual stream, R2 the values of each head between v and
-o. Both are products with weights: nothing is left to do when the model runs. R4 stays in the model, before down_proj.
-RMSNorm commutes with a rotation once its gain stands in the linears that read it; embeddings are not centred, which
-would change a model with RMSNorm.
+Source: SpinQuant (arXiv 2405.16406), section 3: R1 rotates the residual stream, R2 the values of each head between v
+and o. Both are products with weights: nothing is left to do when the model runs. R4 stays in the model, before
+down_proj. RMSNorm commutes with a rotation once its gain stands in the linears that read it; embeddings are not
+centred, which would change a model with RMSNorm.
 
 Rows are vectors: a stream x becomes x R.
 
@@ -150,12 +150,19 @@ class Schedule:
         return self.rate * (1 + math.cos(math.pi * step / self.steps)) / 2
 
 
-def learn(model: nn.Module, start: Rotations, tokens: Tensor, schedule: Schedule, act: QuantSpec | None = None,
-          weight: QuantSpec | None = None, tell: Callable[[int, str], None] | None = None,
-          checkpointing: bool | None = None) -> tuple[Rotations, dict[str, Any]]:
+def learn(
+    model: nn.Module,
+    start: Rotations,
+    tokens: Tensor,
+    schedule: Schedule,
+    act: QuantSpec | None = None,
+    weight: QuantSpec | None = None,
+    tell: Callable[[int, str], None] | None = None,
+    checkpointing: bool | None = None,
+) -> tuple[Rotations, dict[str, Any]]:
     """Rotations that lower the loss of the model with rounded activations, and what is to be recorded of the way.
 
-    Objective: the mean NLL of the next token on `tokens` (n, t), the inputs of all linears of the decoder layers rounded
+    Objective: the mean NLL of the next token on `tokens` (n, t), inputs of all linears of the decoder layers rounded
     to `act` per token, weights to `weight` where that is given; rounding passes gradients straight through. Steps are
     those of `suite.stiefel`, in float64. The model is untied, its norms are fused; it is run, not changed.
 
@@ -181,7 +188,9 @@ def learn(model: nn.Module, start: Rotations, tokens: Tensor, schedule: Schedule
         r1, heads, losses, worst = state["R1"].to(device), state["R2"].to(device), state["losses"], state["worst"]
     batches = _batches(n, batch, schedule)
     with network.rounding():
-        first = network.loss_at(start.residual.to(device, torch.float64), start.heads.to(device, torch.float64), batches[0])
+        first = network.loss_at(
+            start.residual.to(device, torch.float64), start.heads.to(device, torch.float64), batches[0]
+        )
         for step in range(len(losses), schedule.steps):
             if tell:
                 tell(step, f"rotation {step + 1} of {schedule.steps}, loss {losses[-1] if losses else first:.3f}")
@@ -190,13 +199,23 @@ def learn(model: nn.Module, start: Rotations, tokens: Tensor, schedule: Schedule
             r1, heads = cayley_step(r1, g1, rate), cayley_step(heads, g2, rate)
             worst = max(worst, float(orthogonality_error(r1)), float(orthogonality_error(heads)))
             if not worst < TOLERANCE:  # not a number, too
-                raise FloatingPointError(f"step {step}: rotations are orthogonal to {worst:.1e} only; the gradient may not be finite")
+                raise FloatingPointError(
+                    f"step {step}: rotations are orthogonal to {worst:.1e} only; the gradient may not be finite"
+                )
             losses.append(loss)
             if workspace and workspace.due("rotation"):
                 workspace.save("rotation", {"R1": r1.cpu(), "R2": heads.cpu(), "losses": losses, "worst": worst})
         last = network.loss_at(r1, heads, batches[0])
-    note = {"steps": schedule.steps, "sequences": schedule.steps * batch, "distinct sequences": len({int(i) for b in batches for i in b}),
-            "tokens per sequence": t, "losses": losses, "loss before": first, "loss after": last, "orthogonality": worst}
+    note = {
+        "steps": schedule.steps,
+        "sequences": schedule.steps * batch,
+        "distinct sequences": len({int(i) for b in batches for i in b}),
+        "tokens per sequence": t,
+        "losses": losses,
+        "loss before": first,
+        "loss after": last,
+        "orthogonality": worst,
+    }
     return Rotations(r1.cpu(), heads.cpu()), note
 
 
@@ -214,7 +233,7 @@ def _batches(n: int, batch: int, schedule: Schedule) -> list[Tensor]:
 
 
 def _activation_bytes(model: nn.Module, tokens: int) -> int:
-    """About how much the backward pass would keep: a dozen tensors of the stream's width, half a dozen of the MLP's, per layer."""
+    """About what the backward pass would keep: per layer 12 tensors of the stream's width, 6 of the MLP's."""
     config = model.config
     element = arch.embedding(model).weight.element_size()
     return tokens * config.num_hidden_layers * (12 * config.hidden_size + 6 * config.intermediate_size) * element
@@ -223,8 +242,16 @@ def _activation_bytes(model: nn.Module, tokens: int) -> int:
 class _Network:
     """The model as a function of its rotations."""
 
-    def __init__(self, model: nn.Module, tokens: Tensor, act: QuantSpec | None, weight: QuantSpec | None, checkpointing: bool):
-        self._model, self._tokens, self._act, self._weight, self._checkpointing = model, tokens, act, weight, checkpointing
+    def __init__(
+        self, model: nn.Module, tokens: Tensor, act: QuantSpec | None, weight: QuantSpec | None, checkpointing: bool
+    ):
+        self._model, self._tokens, self._act, self._weight, self._checkpointing = (
+            model,
+            tokens,
+            act,
+            weight,
+            checkpointing,
+        )
         self._kwargs = layer_kwargs(model, tokens)
         self._dtype = arch.embedding(model).weight.dtype
         self._precision = torch.float64 if self._dtype == torch.float64 else torch.float32  # of products with rotations
@@ -251,7 +278,7 @@ class _Network:
         hidden = (embedded @ r1).to(self._dtype)  # (b, t, d)
         for layer, r2, kwargs in zip(arch.layers(self._model), heads, self._kwargs, strict=True):
             hidden = self._run(self._layer, layer, hidden, r1, r2, kwargs)
-        losses = [self._run(self._head, hidden[k:k + 1], tokens[k:k + 1], r1) for k in range(len(tokens))]
+        losses = [self._run(self._head, hidden[k : k + 1], tokens[k : k + 1], r1) for k in range(len(tokens))]
         return torch.stack(losses).mean()
 
     def _run(self, function: Callable[..., Tensor], *arguments: Any) -> Tensor:
@@ -262,9 +289,13 @@ class _Network:
     def _layer(self, layer: nn.Module, hidden: Tensor, r1: Tensor, r2: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
         parameters = rotated(self._model, layer, r1, r2)
         if self._weight is not None:
-            parameters = {key: _straight_through(value, _on_grid(value, self._weight)) if key.endswith("weight") else value
-                          for key, value in parameters.items()}
-        out = functional_call(layer, {key: value.to(self._dtype) for key, value in parameters.items()}, (hidden,), dict(kwargs))
+            parameters = {
+                key: _straight_through(value, _on_grid(value, self._weight)) if key.endswith("weight") else value
+                for key, value in parameters.items()
+            }
+        out = functional_call(
+            layer, {key: value.to(self._dtype) for key, value in parameters.items()}, (hidden,), dict(kwargs)
+        )
         return out[0] if isinstance(out, tuple) else out
 
     def _head(self, hidden: Tensor, tokens: Tensor, r1: Tensor) -> Tensor:
@@ -279,8 +310,12 @@ class _Hooks:
     """Rounding of the linears' inputs, for the time of a block."""
 
     def __init__(self, model: nn.Module, act: QuantSpec | None):
-        self._linears = [layer.get_submodule(name) for layer in arch.layers(model) for site in arch.sites(model)
-                         for name in site.linears]
+        self._linears = [
+            layer.get_submodule(name)
+            for layer in arch.layers(model)
+            for site in arch.sites(model)
+            for name in site.linears
+        ]
         self._act, self._handles = act, []
 
     def __enter__(self) -> None:

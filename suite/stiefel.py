@@ -16,7 +16,7 @@ _TINY = 1e-8
 
 
 def cayley_step(x: Tensor, gradient: Tensor, rate: float) -> Tensor:
-    """One step of descent from orthogonal x (..., n, n) against a Euclidean gradient (..., n, n); a new orthogonal tensor.
+    """One step of descent from orthogonal x (..., n, n) against a Euclidean gradient (..., n, n); a new tensor.
 
     With W = A - A', A = G X' - X X' G X' / 2 (skew: the gradient turned into the tangent space), the step follows
 

@@ -22,15 +22,19 @@ def test_an_order_that_is_not_reached_says_so(order):
         hadamard(order)
 
 
-@pytest.mark.parametrize("width", [1, 2, 32, 128, 256, 512, 24, 384, 640, 704, 56, 72, 80, 88, 104, 120, 216, 280, 312, 344])
+@pytest.mark.parametrize(
+    "width", [1, 2, 32, 128, 256, 512, 24, 384, 640, 704, 56, 72, 80, 88, 104, 120, 216, 280, 312, 344]
+)
 def test_the_fast_transform_is_the_matrix(width):
     made = online(width)
     x = torch.randn(2, 3, width, dtype=torch.float64)
     m, p = decompose(width)
     # the definition: an entry of H_p is the sign of the common bits of its two indices
     index = torch.arange(p)
-    bits = (index[:, None] & index)
-    signs = torch.tensor([[1 - 2 * (int(b).bit_count() % 2) for b in row] for row in bits[:64, :64]]) if p <= 64 else None
+    bits = index[:, None] & index
+    signs = (
+        torch.tensor([[1 - 2 * (int(b).bit_count() % 2) for b in row] for row in bits[:64, :64]]) if p <= 64 else None
+    )
     dense = made.matrix()
     if signs is not None:
         expected = torch.kron(hadamard(m).double(), signs.double()) / width**0.5

@@ -57,7 +57,10 @@ def test_generation_with_a_cache_is_the_pass_over_the_whole_text():
     whole = _logits(model, tokens)
     with torch.no_grad():
         first = model(tokens[:, :7], use_cache=True)
-        rest = [model(tokens[:, k:k + 1], past_key_values=first.past_key_values, use_cache=True).logits for k in range(7, 12)]
+        rest = [
+            model(tokens[:, k : k + 1], past_key_values=first.past_key_values, use_cache=True).logits
+            for k in range(7, 12)
+        ]
     stepwise = torch.cat([first.logits, *rest], 1)
     assert (stepwise - whole).abs().max() < 1e-5 * whole.abs().max()
 

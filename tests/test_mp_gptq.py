@@ -18,9 +18,12 @@ from suite.testing import TOYS, _logits, _relative
 
 def best_by_trial(scores, sizes, choices, mean):
     budget = mean * sum(sizes)
-    allowed = (c for c in itertools.product(range(len(choices)), repeat=len(sizes))
-               if sum(n * choices[k] for n, k in zip(sizes, c)) <= budget)
-    return min(sum(row[k] for row, k in zip(scores, c)) for c in allowed)
+    allowed = (
+        c
+        for c in itertools.product(range(len(choices)), repeat=len(sizes))
+        if sum(n * choices[k] for n, k in zip(sizes, c, strict=True)) <= budget
+    )
+    return min(sum(row[k] for row, k in zip(scores, c, strict=True)) for c in allowed)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -31,17 +34,19 @@ def test_the_solver_equals_brute_force_on_six_layers(seed, choices, mean):
     sizes = [12345678 if equal else draw.randint(1, 10**8) for _ in range(6)]
     scores = [sorted(draw.lognormvariate(0, 2) for _ in choices) for _ in range(6)]
     chosen = allocate(scores, sizes, choices, Fraction(mean))
-    assert sum(n * choices[k] for n, k in zip(sizes, chosen)) <= Fraction(mean) * sum(sizes)
-    assert sum(row[k] for row, k in zip(scores, chosen)) == pytest.approx(best_by_trial(scores, sizes, choices, Fraction(mean)), rel=1e-9)
+    assert sum(n * choices[k] for n, k in zip(sizes, chosen, strict=True)) <= Fraction(mean) * sum(sizes)
+    assert sum(row[k] for row, k in zip(scores, chosen, strict=True)) == pytest.approx(
+        best_by_trial(scores, sizes, choices, Fraction(mean)), rel=1e-9
+    )
 
 
 def test_the_budget_holds_on_many_layers():
     draw = random.Random(0)
     for mean in (Fraction(4), Fraction("3.7"), Fraction("2.05")):
         sizes = [draw.randint(10**6, 10**9) for _ in range(80)]
-        scores = [sorted(draw.random() * 10**draw.randint(-6, 3) for _ in range(3)) for _ in range(80)]
+        scores = [sorted(draw.random() * 10 ** draw.randint(-6, 3) for _ in range(3)) for _ in range(80)]
         chosen = allocate(scores, sizes, (16, 4, 2), mean)
-        spent = sum(n * (16, 4, 2)[k] for n, k in zip(sizes, chosen))
+        spent = sum(n * (16, 4, 2)[k] for n, k in zip(sizes, chosen, strict=True))
         assert spent <= mean * sum(sizes) and spent > (mean - Fraction("0.2")) * sum(sizes)
 
 
@@ -72,7 +77,8 @@ def test_bits_go_where_the_loss_is():
     assert allocation["mean"] == sum(bits) / 6 <= allocation["bound"] == 3
     assert allocation["objective"] <= allocation["objective of uniform bits"]
     assert allocation["objective"] == pytest.approx(
-        best_by_trial(allocation["scores"], [1] * 6, allocation["choices"], 3), abs=1e-9)
+        best_by_trial(allocation["scores"], [1] * 6, allocation["choices"], 3), abs=1e-9
+    )
     assert [round(record["bits"] - 16 / 128) for record in records] == bits
 
 
@@ -142,8 +148,10 @@ def test_a_larger_mean_is_never_worse():
     assert objectives == sorted(objectives, reverse=True) and errors[0] > errors[2] > errors[-1] == 0
 
 
-@pytest.mark.parametrize("option, value, named", [
-    ("bits", (16, 9), "bits is 9"), ("mean", 1.5, "mean is 1.5 bits.*2 to 16"), ("sensitivity", "hesian", "hessian")])
+@pytest.mark.parametrize(
+    "option, value, named",
+    [("bits", (16, 9), "bits is 9"), ("mean", 1.5, "mean is 1.5 bits.*2 to 16"), ("sensitivity", "hesian", "hessian")],
+)
 def test_a_bad_option_is_an_error(option, value, named):
     with pytest.raises(PTQError, match=named):
         method.build("mp-gptq", **{option: value})

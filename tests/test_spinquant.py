@@ -1,7 +1,8 @@
-"""SpinQuant: rotations that leave the function as it is, learning on the orthogonal group, state that survives a kill."""
+"""SpinQuant: rotations that leave the function as it is, learning them, and state that survives a kill."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -39,11 +40,18 @@ def test_plan_leaves_the_function_as_it_is(kind, rotation, variant):
     method.build("spinquant", rotation=rotation, variant=variant, steps=2).plan(model, calib.from_tokens(tokens_of()))
     assert _relative(_logits(model, tokens), before) < EXACT
     after = model.state_dict()
-    for name in ("model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.v_proj.weight",
-                 "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.gate_proj.weight"):
+    for name in (
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+        "model.layers.1.self_attn.v_proj.weight",
+        "model.layers.0.self_attn.o_proj.weight",
+        "model.layers.0.mlp.gate_proj.weight",
+    ):
         assert not torch.allclose(after[name], weights[name], atol=1e-3), f"{name} was not rotated"
     assert model.config.tie_word_embeddings is False and arch.head(model).weight is not arch.embedding(model).weight
-    assert all(torch.equal(v, torch.ones_like(v)) for k, v in after.items() if "norm" in k), "gains stand in the linears"
+    assert all(torch.equal(v, torch.ones_like(v)) for k, v in after.items() if "norm" in k), (
+        "gains stand in the linears"
+    )
 
 
 def test_every_bias_is_rotated_that_has_to_be():
@@ -89,7 +97,9 @@ def test_keys_and_queries_are_rotated_only_where_the_cache_is_rounded():
     for bits, rotated in ((16, False), (4, True)):
         model = make_toy("llama")
         kv.set_(model, bits)
-        rules = method.build("spinquant", rotation="hadamard", variant="had").plan(model, calib.from_tokens(tokens_of()))
+        rules = method.build("spinquant", rotation="hadamard", variant="had").plan(
+            model, calib.from_tokens(tokens_of())
+        )
         assert ("R3" in rules[0].note["rotation"]) is rotated
         assert rotated is (kv.rounding_of(model) is not None and kv.rounding_of(model).rotation is not None)
 
@@ -125,9 +135,18 @@ def test_a_fallback_survives_a_checkpoint(tmp_path):
     assert torch.equal(_logits(loaded, tokens_of()), _logits(model, tokens_of()))
 
 
-@pytest.mark.parametrize("option, value, named", [
-    ("rotation", "hadamrd", "hadamard"), ("variant", "hat", "had"), ("inner", "awq", "gptq"), ("fallback", "blok", "block"),
-    ("steps", 0, "steps is 0"), ("learning_rate", -1.0, "learning_rate is -1"), ("batch", 0, "batch is 0")])
+@pytest.mark.parametrize(
+    "option, value, named",
+    [
+        ("rotation", "hadamrd", "hadamard"),
+        ("variant", "hat", "had"),
+        ("inner", "awq", "gptq"),
+        ("fallback", "blok", "block"),
+        ("steps", 0, "steps is 0"),
+        ("learning_rate", -1.0, "learning_rate is -1"),
+        ("batch", 0, "batch is 0"),
+    ],
+)
 def test_a_bad_option_is_an_error(option, value, named):
     with pytest.raises(PTQError, match=named):
         method.build("spinquant", **{option: value})
@@ -160,7 +179,7 @@ def test_a_cayley_step_goes_down_and_stays_orthogonal():
         losses.append(float((x - target).square().sum()))
         x = stiefel.cayley_step(x, 2 * (x - target), 0.1)
         assert float(stiefel.orthogonality_error(x)) < 1e-12
-    assert all(b < a for a, b in zip(losses, losses[1:])) and losses[-1] < 1e-6 * losses[0]
+    assert all(b < a for a, b in itertools.pairwise(losses)) and losses[-1] < 1e-6 * losses[0]
 
 
 def test_the_step_is_bounded_by_the_size_of_the_gradient():
@@ -175,8 +194,10 @@ def prepared(kind="llama", dtype=torch.float32, **changes):
     arch.untie(model)
     rotate.fuse_norms_(model)
     generator = torch.Generator().manual_seed(0)
-    start = rotate.Rotations(hadamard.random_hadamard(128, generator),
-                             torch.stack([hadamard.random_hadamard(32, generator) for _ in arch.layers(model)]))
+    start = rotate.Rotations(
+        hadamard.random_hadamard(128, generator),
+        torch.stack([hadamard.random_hadamard(32, generator) for _ in arch.layers(model)]),
+    )
     return model, start
 
 
@@ -198,10 +219,14 @@ def test_the_gradient_is_that_of_the_rotated_model():
 def test_learning_lowers_the_loss_and_is_orthogonal_at_every_step(monkeypatch):
     errors = []
     step = rotate.cayley_step
-    monkeypatch.setattr(rotate, "cayley_step", lambda *a: errors.append(float(stiefel.orthogonality_error(y := step(*a)))) or y)
+    monkeypatch.setattr(
+        rotate, "cayley_step", lambda *a: errors.append(float(stiefel.orthogonality_error(y := step(*a)))) or y
+    )
     model, start = prepared()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    learned, note = rotate.learn(model, start, tokens_of(16, 40), rotate.Schedule(steps=20, batch=8), QuantSpec(4, True, None))
+    learned, note = rotate.learn(
+        model, start, tokens_of(16, 40), rotate.Schedule(steps=20, batch=8), QuantSpec(4, True, None)
+    )
     assert note["loss after"] < note["loss before"] - 0.01
     assert len(errors) == 40 and max(errors) < rotate.TOLERANCE and note["orthogonality"] == max(errors)
     assert len(note["losses"]) == 20 and note["sequences"] == 160 and note["distinct sequences"] == 16
@@ -214,15 +239,25 @@ def test_activation_checkpointing_changes_memory_only():
     results = []
     for checkpointing in (False, True):
         model, start = prepared("qwen")
-        results.append(rotate.learn(model, start, tokens_of(4, 24), rotate.Schedule(steps=3, batch=4), QuantSpec(4, True, None),
-                                    checkpointing=checkpointing))
+        results.append(
+            rotate.learn(
+                model,
+                start,
+                tokens_of(4, 24),
+                rotate.Schedule(steps=3, batch=4),
+                QuantSpec(4, True, None),
+                checkpointing=checkpointing,
+            )
+        )
     (one, first), (two, second) = results
     assert torch.equal(one.residual, two.residual) and torch.equal(one.heads, two.heads) and first == second
 
 
 def test_learning_in_bfloat16_keeps_rotations_in_float64():
     model, start = prepared("qwen-gqa", torch.bfloat16)
-    learned, note = rotate.learn(model, start, tokens_of(4, 24), rotate.Schedule(steps=3, batch=4), QuantSpec(8, True, None))
+    learned, note = rotate.learn(
+        model, start, tokens_of(4, 24), rotate.Schedule(steps=3, batch=4), QuantSpec(8, True, None)
+    )
     assert learned.residual.dtype == torch.float64 and note["orthogonality"] < 1e-12
 
 
@@ -263,8 +298,28 @@ def test_a_workspace_belongs_to_one_run(tmp_path):
 
 
 def quantize(folder: Path, out: Path, text: Path, *more: str) -> list[str]:
-    return ["quantize", "--model", str(folder), "--method", "spinquant", "--rotation", "learned", "--abits", "4", "--set", "steps=12",
-            "--nsamples", "4", "--seqlen", "32", "--calib", str(text), "--out", str(out), *more]
+    return [
+        "quantize",
+        "--model",
+        str(folder),
+        "--method",
+        "spinquant",
+        "--rotation",
+        "learned",
+        "--abits",
+        "4",
+        "--set",
+        "steps=12",
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "32",
+        "--calib",
+        str(text),
+        "--out",
+        str(out),
+        *more,
+    ]
 
 
 def test_a_killed_run_continues_to_the_same_model(tmp_path, toy_folder, toy_text_file, capsys):
@@ -272,10 +327,16 @@ def test_a_killed_run_continues_to_the_same_model(tmp_path, toy_folder, toy_text
     # Slow steps and a state after each, so that the kill hits the middle on any machine.
     slow = tmp_path / "slow" / "sitecustomize.py"
     slow.parent.mkdir()
-    slow.write_text("import time\nfrom suite import resume, rotate\nresume.SECONDS = 0\nresume._SHARE = 1\n"
-                    "step = rotate.cayley_step\nrotate.cayley_step = lambda *a: (time.sleep(0.2), step(*a))[1]\n")
-    process = subprocess.Popen([sys.executable, "-m", "suite.cli", *quantize(toy_folder, killed, toy_text_file)],
-                               env={**os.environ, "PYTHONPATH": str(slow.parent)}, stdout=subprocess.DEVNULL, start_new_session=True)
+    slow.write_text(
+        "import time\nfrom suite import resume, rotate\nresume.SECONDS = 0\nresume._SHARE = 1\n"
+        "step = rotate.cayley_step\nrotate.cayley_step = lambda *a: (time.sleep(0.2), step(*a))[1]\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "suite.cli", *quantize(toy_folder, killed, toy_text_file)],
+        env={**os.environ, "PYTHONPATH": str(slow.parent)},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     state = tmp_path / "killed.partial" / "rotation.pt"
     until = time.monotonic() + 120
     while not state.exists() and process.poll() is None and time.monotonic() < until:

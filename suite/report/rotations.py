@@ -1,6 +1,6 @@
 """The table "does learning the rotation help": SpinQuant's rotations side by side, over seeds. From the records alone.
 
-    results/<model>/spinquant.md, .csv
+results/<model>/spinquant.md, .csv
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
     Of runs that differ in anything else (calibration, steps, inner method, limit), those measured last count.
     """
     last: dict[tuple, Record] = {}
-    records = (r for r in store.records(model=model, kind="evaluation", mode="matched")
-               if r.identity["method"].get("method") == "spinquant" and r.identity["task"]["name"] == task)
+    records = (
+        r
+        for r in store.records(model=model, kind="evaluation", mode="matched")
+        if r.identity["method"].get("method") == "spinquant" and r.identity["task"]["name"] == task
+    )
     for record in sorted(records, key=lambda r: r.provenance.get("date", "")):
         chosen = record.identity["method"]["options"]
         last[record.identity["scheme"], chosen["variant"], chosen["rotation"], chosen["seed"]] = record
@@ -51,39 +54,80 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
     rows = []
     for scheme, variant, rotation in sorted(found, key=lambda key: (*key[:2], ORDER.index(key[2]))):
         values, control = found[scheme, variant, rotation], found.get((scheme, variant, CONTROL), {})
-        differences = [values[seed] - control[seed] for seed in sorted({*values} & {*control})] if rotation != CONTROL else []
-        rows.append({"scheme": scheme, "variant": variant, "rotation": rotation,
-                     **{f"seed_{seed}": values.get(seed) for seed in seeds}, **_summary("", list(values.values())),
-                     **_summary("difference_", differences)})
+        differences = (
+            [values[seed] - control[seed] for seed in sorted({*values} & {*control})] if rotation != CONTROL else []
+        )
+        rows.append(
+            {
+                "scheme": scheme,
+                "variant": variant,
+                "rotation": rotation,
+                **{f"seed_{seed}": values.get(seed) for seed in seeds},
+                **_summary("", list(values.values())),
+                **_summary("difference_", differences),
+            }
+        )
     return rows
 
 
 def _summary(prefix: str, values: list[float]) -> dict[str, float | None]:
     spread = statistics.stdev(values) if len(values) > 1 else None
-    return {f"{prefix}mean": statistics.fmean(values) if values else None, f"{prefix}deviation": spread,
-            f"{prefix}error": None if spread is None else spread / math.sqrt(len(values))}
+    return {
+        f"{prefix}mean": statistics.fmean(values) if values else None,
+        f"{prefix}deviation": spread,
+        f"{prefix}error": None if spread is None else spread / math.sqrt(len(values)),
+    }
 
 
 def full_precision(store: Store, model: str, task: str) -> float | None:
     """The perplexity of the unquantized model, if it was measured."""
-    found = [r for r in store.records(model=model, kind="evaluation")
-             if r.identity["scheme"] is None and r.identity["task"]["name"] == task]
+    found = [
+        r
+        for r in store.records(model=model, kind="evaluation")
+        if r.identity["scheme"] is None and r.identity["task"]["name"] == task
+    ]
     return data.Score(max(found, key=lambda r: r.provenance.get("date", ""))).value if found else None
 
 
 def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float | None) -> str:
     seeds = [key for key in rows[0] if key.startswith("seed_")]
-    cells = [[row["scheme"], row["variant"], row["rotation"], *(_number(row[seed]) for seed in seeds), _number(row["mean"]),
-              _number(row["deviation"]), _difference(row)] for row in rows]
-    headings = ["scheme", "variant", "rotation", *(seed.replace("_", " ") for seed in seeds), "mean", "sd", f"Δ {CONTROL}"]
+    cells = [
+        [
+            row["scheme"],
+            row["variant"],
+            row["rotation"],
+            *(_number(row[seed]) for seed in seeds),
+            _number(row["mean"]),
+            _number(row["deviation"]),
+            _difference(row),
+        ]
+        for row in rows
+    ]
+    headings = [
+        "scheme",
+        "variant",
+        "rotation",
+        *(seed.replace("_", " ") for seed in seeds),
+        "mean",
+        "sd",
+        f"Δ {CONTROL}",
+    ]
     reference = f" Full precision: {full:.3f}." if full is not None else ""
-    return (f"# Does learning the rotation help? {data.title_of(model)}\n\n"
-            f"{data.heading(task)} perplexity, GPTQ (or the inner method told in the records) after each rotation.{reference} "
-            f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
-            f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
-            f"\"none\" is the inner method without a rotation.\n\n"
-            + tabulate(cells, headings, tablefmt="github", disable_numparse=True, colalign=("left",) * 3 + ("right",) * (len(seeds) + 3))
-            + "\n")
+    return (
+        f"# Does learning the rotation help? {data.title_of(model)}\n\n"
+        f"{data.heading(task)} perplexity after each rotation and the inner method (GPTQ by default).{reference} "
+        f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
+        f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
+        f'"none" is the inner method without a rotation.\n\n'
+        + tabulate(
+            cells,
+            headings,
+            tablefmt="github",
+            disable_numparse=True,
+            colalign=("left",) * 3 + ("right",) * (len(seeds) + 3),
+        )
+        + "\n"
+    )
 
 
 def _number(value: float | None) -> str:
