@@ -36,6 +36,7 @@ from suite import method as methods
 from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS
 from suite.linear import QuantLinear
+from suite.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +121,9 @@ class PTQ(HFLM):
             source = calib or published.source or (HUB_SOURCE if loaded.kind == "hub" else calibration.EMBEDDED)
             length = windows.fit(seqlen, windows.max_positions(model), published.seqlen)
             self.calibration = calibration.load(source, tokenizer, nsamples or published.nsamples, length, seed or 0)
-            self.layers = walk.quantize_model(configured, model, self.calibration, inputs=published.inputs)
+            with Progress(f"{loaded.name} {method}") as line:
+                self.layers = walk.quantize_model(configured, model, self.calibration,
+                                                  line.layers(model.config.num_hidden_layers), inputs=published.inputs)
         else:
             self.layers = []
         self._loaded, self._configured, self.mode = loaded, configured, mode

@@ -48,9 +48,11 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 # What an interruption leaves behind, by command.
-_KEPT = {"reproduce": ": results already measured are kept, and the same command continues from there",
-         "quantize": ": no model was written, and the same command continues from what it kept",
-         "train": ": the same command continues from the last checkpoint"}
+_KEPT = {
+    "reproduce": ": results already measured are kept, and the same command continues from there",
+    "quantize": ": no model was written, and the same command continues from what it kept",
+    "train": ": the same command continues from the last checkpoint",
+}
 
 
 class Interrupted(Exception):
@@ -62,8 +64,13 @@ class Interrupted(Exception):
 
 def _quiet() -> None:
     """Only the suite speaks: libraries warn of nothing but errors, and draw progress on a terminal alone."""
-    for name, value in {"TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error", "LMEVAL_LOG_LEVEL": "WARNING",
-                        "TOKENIZERS_PARALLELISM": "false", "MPLBACKEND": "Agg"}.items():
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "DATASETS_VERBOSITY": "error",
+        "LMEVAL_LOG_LEVEL": "WARNING",
+        "TOKENIZERS_PARALLELISM": "false",
+        "MPLBACKEND": "Agg",
+    }.items():
         os.environ.setdefault(name, value)
     if not sys.stderr.isatty():
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
@@ -106,7 +113,9 @@ class Choice(click.ParamType):
 
     def convert(self, value, param, ctx):
         if value not in self.allowed:
-            raise unknown(f"value of {param.opts[0]}" if param.opts[0].startswith("-") else "thing", value, self.allowed)
+            raise unknown(
+                f"value of {param.opts[0]}" if param.opts[0].startswith("-") else "thing", value, self.allowed
+            )
         return value
 
 
@@ -137,8 +146,10 @@ class Pair(click.ParamType):
             return value
         key, equals, text = value.partition("=")
         if not equals or not key or not text:
-            raise PTQError(f"{param.opts[0]} {value!r} is no option of a method: write {param.opts[0]} key=value, "
-                           f"e.g. {param.opts[0]} damp=0.05")
+            raise PTQError(
+                f"{param.opts[0]} {value!r} is no option of a method: write {param.opts[0]} key=value, "
+                f"e.g. {param.opts[0]} damp=0.05"
+            )
         return key.replace("-", "_"), text
 
 
@@ -147,25 +158,43 @@ SCHEME = (
     click.option("--wbits", type=int, help="Bits of the weights: 2 to 8, or 16 for none.  [4]"),
     click.option("--abits", type=int, help="Bits of the activations: 8, 4, or 16 for none.  [8]"),
     click.option("--group-size", type=int, help="Weights that share a scale; 0: a row.  [128]"),
-    click.option("--kvbits", type=Choice(*"2345678", "16"), default="16", help="Bits of the key-value cache: 2 to 8, or 16 for none.  [16]"),
+    click.option(
+        "--kvbits",
+        type=Choice(*"2345678", "16"),
+        default="16",
+        help="Bits of the key-value cache: 2 to 8, or 16.  [16]",
+    ),
 )
 CALIBRATION = (
-    click.option("--calib", metavar="SOURCE", help="Calibration text: a text file, or embedded, wikitext2, c4, pile.  [embedded]"),
+    click.option(
+        "--calib",
+        metavar="SOURCE",
+        help="A text file, or embedded, wikitext2, c4, pile.  [embedded; hub models: wikitext2]",
+    ),
     click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [128]"),
-    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens per calibration sequence.  [as many as the model takes, up to 2048]"),
-    click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."),
-    click.option("--mode", type=Choice("matched", "native"), default="matched", show_default=True,
-                 help="matched: one setting for all methods. native: each method's own published setting."),
+    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of each.  [what the model takes, up to 2048]"),
+    click.option(
+        "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."
+    ),
+    click.option(
+        "--mode",
+        type=Choice("matched", "native"),
+        default="matched",
+        show_default=True,
+        help="matched: one setting for all methods. native: each method's own published setting.",
+    ),
 )
 
 
 def options(*groups):
     """Several groups of options on one command, in the order given."""
+
     def decorate(function):
         for group in reversed(groups):
             for option in reversed(group):
                 function = option(function)
         return function
+
     return decorate
 
 
@@ -189,12 +218,20 @@ def commands():
 
 
 @commands.command()
-@click.option("--model", required=True, metavar="MODEL", help="A name of `ptq ls models`, a local folder, or an id of the hub.")
+@click.option(
+    "--model", required=True, metavar="MODEL", help="A name of `ptq ls models`, a folder, or an id of the hub."
+)
 @click.option("--method", required=True, metavar="METHOD", help="A name of `ptq ls methods`, or TRANSFORM+ROUNDING.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the quantized model.")
 @options(SCHEME, CALIBRATION)
-@click.option("--set", "extra", type=Pair(), multiple=True, metavar="KEY=VALUE",
-              help="Any option of the method (`ptq ls methods` names them); may be repeated.")
+@click.option(
+    "--set",
+    "extra",
+    type=Pair(),
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any option of the method (`ptq ls methods` names them); may be repeated.",
+)
 @click.option("--metric", help="cka-hybrid: what chooses, see `ptq ls metrics`.  [cka]")
 @click.option("--pool", type=Words(), help="cka-hybrid: the methods to choose from.  [gptq,awq,smoothquant]")
 @click.option("--block", type=WHOLE, help="cka-hybrid: layers that share a choice.  [1]")
@@ -202,8 +239,28 @@ def commands():
 @click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
 @click.option("--revision", help="Of a model of the hub.")
 @click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
-def quantize(model, method, out, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, extra, metric, pool,
-             block, rotation, variant, revision, overwrite):
+def quantize(
+    model,
+    method,
+    out,
+    wbits,
+    abits,
+    group_size,
+    kvbits,
+    calib,
+    nsamples,
+    seqlen,
+    seed,
+    mode,
+    extra,
+    metric,
+    pool,
+    block,
+    rotation,
+    variant,
+    revision,
+    overwrite,
+):
     """Quantize a model and write it to a folder that the other commands take as a model.
 
     What takes long keeps its state in OUT.partial: killed, the same command continues from there.
@@ -214,11 +271,19 @@ def quantize(model, method, out, wbits, abits, group_size, kvbits, calib, nsampl
       ptq quantize --model tiny-llama-m --method cka-hybrid --wbits 4 --abits 8 --group-size 128 \\
           --calib embedded --nsamples 64 --seqlen 512 --seed 0 --out /tmp/hybrid
       ptq quantize --model tiny-llama-m --method cka-hybrid --pool gptq,smoothquant+gptq --metric mse --out /tmp/mse
-      ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib text.txt --out /tmp/mine
+      ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib t.txt --out /tmp/g
       ptq quantize --model tiny-llama-s --method spinquant --abits 4 --kvbits 4 --variant had --out /tmp/spin
     """
-    given = {"wbits": wbits, "abits": abits, "group_size": group_size, "metric": metric, "pool": pool, "block": block,
-             "rotation": rotation, "variant": variant}
+    given = {
+        "wbits": wbits,
+        "abits": abits,
+        "group_size": group_size,
+        "metric": metric,
+        "pool": pool,
+        "block": block,
+        "rotation": rotation,
+        "variant": variant,
+    }
     chosen = {key: value for key, value in given.items() if value is not None}
     for key, value in extra:
         if key in chosen:
@@ -230,8 +295,10 @@ def quantize(model, method, out, wbits, abits, group_size, kvbits, calib, nsampl
     published = native(method).options if mode == "native" else {}
     configured = build(method, **{**published, **chosen})
     if not configured.scheme.weight.quantized and configured.scheme.act is None:
-        raise PTQError(f"method {method} at {configured.scheme} quantizes nothing, so there is nothing to write: "
-                       f"give fewer bits, or use the model as it is")
+        raise PTQError(
+            f"method {method} at {configured.scheme} quantizes nothing, so there is nothing to write: "
+            f"give fewer bits, or use the model as it is"
+        )
     check_out(out, overwrite)
 
     from suite import calib as calibration
@@ -244,16 +311,41 @@ def quantize(model, method, out, wbits, abits, group_size, kvbits, calib, nsampl
     loaded = models.load(model, revision=revision)
     note(loaded.note)
     choose_threads(loaded.model)
-    published = native(method) if mode == "native" else Native(source=calibration.EMBEDDED)
-    sequences = calibration.load(calib or published.source, loaded.tokenizer, nsamples or published.nsamples,
-                                 windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen), seed)
+    # Models of the hub speak no language that the embedded text is written in; all others need no hub for it.
+    matched = Native(source="wikitext2" if loaded.kind == "hub" else calibration.EMBEDDED)
+    published = native(method) if mode == "native" else matched
+    sequences = calibration.load(
+        calib or published.source,
+        loaded.tokenizer,
+        nsamples or published.nsamples,
+        windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen),
+        seed,
+    )
     kv.set_(loaded.model, int(kvbits))
-    made = {"model": loaded.identity, "method": to_config(configured), "scheme": str(configured.scheme), "mode": mode,
-            "calibration": sequences.identity}
-    whole = {**made, "kvbits": kvbits, "inputs": published.inputs, "dtype": str(loaded.model.dtype), "device": loaded.model.device.type,
-             "versions": {package: version(package) for package in ("ptq-suite", "torch", "transformers")}}
+    made = {
+        "model": loaded.identity,
+        "method": to_config(configured),
+        "scheme": str(configured.scheme),
+        "mode": mode,
+        "calibration": sequences.identity,
+    }
+    whole = {
+        **made,
+        "kvbits": kvbits,
+        "inputs": published.inputs,
+        "dtype": str(loaded.model.dtype),
+        "device": loaded.model.device.type,
+        "versions": {package: version(package) for package in ("ptq-suite", "torch", "transformers")},
+    }
     with Progress(f"{loaded.name} {method}") as progress, resume.into(out.with_name(f"{out.name}.partial"), whole):
-        layers = walk.quantize_model(configured, loaded.model, sequences, progress, diagnostics=True, inputs=published.inputs)
+        layers = walk.quantize_model(
+            configured,
+            loaded.model,
+            sequences,
+            progress.layers(loaded.model.config.num_hidden_layers),
+            diagnostics=True,
+            inputs=published.inputs,
+        )
         checkpoint.save(loaded.model, loaded.tokenizer, out, {**made, "layers": layers}, overwrite)
 
     weights = sum(layer["weights"] for layer in layers)
@@ -276,7 +368,9 @@ def check_out(folder: Path, overwrite: bool) -> None:
         with tempfile.TemporaryDirectory(dir=existing, prefix=".ptq-", suffix=".tmp"):
             pass
     except OSError as error:
-        raise PTQError(f"output folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out") from None
+        raise PTQError(
+            f"output folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out"
+        ) from None
 
 
 def choose_threads(model: Any) -> None:
@@ -335,17 +429,32 @@ def ppl(model, text, window, max_tokens, revision, as_json):
     value = windows.perplexity(nll, cut.predicted)
     if as_json:
         protocol = cut.protocol
-        click.echo(json.dumps({"ppl": value, **protocol, "join": "none: one file, as it is",
-                               "data_hash": protocol["data_digest"], "model": loaded.name, "model_digest": loaded.digest}))
+        click.echo(
+            json.dumps(
+                {
+                    "ppl": value,
+                    **protocol,
+                    "join": "none: one file, as it is",
+                    "data_hash": protocol["data_digest"],
+                    "model": loaded.name,
+                    "model_digest": loaded.digest,
+                }
+            )
+        )
     else:
-        click.echo(f"{loaded.name}: perplexity {value:.4f} over {cut.predicted} tokens in {cut.count} windows of {size}")
+        click.echo(
+            f"{loaded.name}: perplexity {value:.4f} over {cut.predicted} tokens in {cut.count} windows of {size}"
+        )
 
 
-@commands.command("lm-eval", context_settings={"ignore_unknown_options": True, "allow_extra_args": True,
-                                               "help_option_names": []}, add_help_option=False)
+@commands.command(
+    "lm-eval",
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def lm_eval(arguments):
-    """Run lm-evaluation-harness with the model `ptq` and the suite's tasks registered; everything after it is lm-eval's own.
+    """Run lm-evaluation-harness with the model `ptq` and the suite's tasks; everything that follows is lm-eval's own.
 
     \b
     Examples:
@@ -368,20 +477,54 @@ def lm_eval(arguments):
 
 @commands.command()
 @click.argument("model")
-@click.option("--methods", type=Words(), help="Names of `ptq ls methods`, or TRANSFORM+ROUNDING.  [those of the main table]")
-@click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [the embedded world's; for other models the paper's]")
-@click.option("--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences.")
+@click.option(
+    "--methods", type=Words(), help="Names of `ptq ls methods`, or TRANSFORM+ROUNDING.  [those of the main table]"
+)
+@click.option(
+    "--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [the embedded world's, or the paper's]"
+)
+@click.option(
+    "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
+)
 @options(SCHEME, CALIBRATION)
-@click.option("--severities", type=Words(), metavar="S,S,...",
-              help="Instead of the main table: perplexity with planted outliers of these severities, as a figure.")
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
+@click.option(
+    "--severities",
+    type=Words(),
+    metavar="S,S,...",
+    help="Instead of the main table: perplexity with planted outliers of these severities, as a figure.",
+)
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+)
 @click.option("--revision", help="Of a model of the hub.")
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
-@click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [as many as there are cores; 1 for a large model]")
-@click.option("--allow-eval-calibration", is_flag=True,
-              help="Allow calibration on the text that is evaluated; such numbers are marked.")
-def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, severities, results,
-              revision, fresh, workers, allow_eval_calibration):
+@click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]")
+@click.option(
+    "--allow-eval-calibration",
+    is_flag=True,
+    help="Allow calibration on the text that is evaluated; such numbers are marked.",
+)
+def reproduce(
+    model,
+    methods,
+    tasks,
+    fast,
+    wbits,
+    abits,
+    group_size,
+    kvbits,
+    calib,
+    nsamples,
+    seqlen,
+    seed,
+    mode,
+    severities,
+    results,
+    revision,
+    fresh,
+    workers,
+    allow_eval_calibration,
+):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
     Only what is missing in the results folder is computed; after an interruption the same command continues.
@@ -396,18 +539,37 @@ def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, cal
       ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
     """
     steps = [_severity(word) for word in severities or ()]
-    scheme = {key: value for key, value in {"wbits": wbits, "abits": abits, "group_size": group_size}.items() if value is not None}
+    scheme = {
+        key: value
+        for key, value in {"wbits": wbits, "abits": abits, "group_size": group_size}.items()
+        if value is not None
+    }
 
     from suite import experiments, report
     from suite.progress import Progress
     from suite.store import Store
 
     store = Store(results)
-    given = dict(store=store, options=scheme, kvbits=int(kvbits), mode=mode, calib_source=calib, nsamples=nsamples, seqlen=seqlen, seed=seed,
-                 fast=fast, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision, workers=workers)
+    given = dict(
+        store=store,
+        options=scheme,
+        kvbits=int(kvbits),
+        mode=mode,
+        calib_source=calib,
+        nsamples=nsamples,
+        seqlen=seqlen,
+        seed=seed,
+        fast=fast,
+        allow_eval_calibration=allow_eval_calibration,
+        fresh=fresh,
+        revision=revision,
+        workers=workers,
+    )
     with Progress(model) as progress:
         if steps:
-            outcomes = experiments.severity_sweep(model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **given)
+            outcomes = experiments.severity_sweep(
+                model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **given
+            )
         else:
             outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
     for outcome in outcomes:
@@ -418,7 +580,9 @@ def reproduce(model, methods, tasks, fast, wbits, abits, group_size, kvbits, cal
     for task in plain.tasks if steps else ():
         for path in report.severity_figure(store, plain.setting, task, plain.methods):
             click.echo(f"  {path}")
-    click.echo(f"{sum(o.measured for o in outcomes)} results measured, {sum(o.found for o in outcomes)} found in {results}")
+    click.echo(
+        f"{sum(o.measured for o in outcomes)} results measured, {sum(o.found for o in outcomes)} found in {results}"
+    )
 
 
 def _severity(word: str) -> float:
@@ -433,7 +597,9 @@ def _severity(word: str) -> float:
 
 @commands.command()
 @click.argument("model")
-@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder.")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+)
 def report(model, results):
     """Write the tables and plots of a model again, from the results folder alone.
 
@@ -447,8 +613,10 @@ def report(model, results):
     from suite.store import Store
 
     if not results.is_dir():
-        raise PTQError(f"results folder {str(results)!r} does not exist: give another with --results, "
-                       f"or run `ptq reproduce {model}` first")
+        raise PTQError(
+            f"results folder {str(results)!r} does not exist: give another with --results, "
+            f"or run `ptq reproduce {model}` first"
+        )
     store = Store(results)
     known = store.models()
     recorded = next((name for name in known if name == model or data.planted(name) == data.planted(model)), None)
@@ -532,23 +700,29 @@ def list_(thing, as_json):
     for row in rows:
         click.echo(f"{row['name']:{width}}  {row['what']}")
         if row.get("options"):
-            click.echo(f"{'':{width}}  options: " + " ".join(f"{key}={_word(value)}" for key, value in row["options"].items()))
+            click.echo(
+                f"{'':{width}}  options: " + " ".join(f"{key}={_word(value)}" for key, value in row["options"].items())
+            )
 
 
 def _word(value: Any) -> str:
     """A default as one would write it on the command line."""
     if isinstance(value, (tuple, list)):
-        return "|".join(value)
+        return "|".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) or value is None else str(value)
 
 
 def _methods() -> list[dict]:
     from suite import method
 
-    rows = [{"name": name, "what": _told(method.lookup(name)), "options": method.options_of(name)}
-            for name in method.names()]
-    return rows + [{"name": name, "what": "{0}'s transform, then {1}'s rounding; options of both".format(*name.split("+"))}
-                   for name in method.compositions()]
+    rows = [
+        {"name": name, "what": _told(method.lookup(name)), "options": method.options_of(name)}
+        for name in method.names()
+    ]
+    return rows + [
+        {"name": name, "what": "{0}'s transform, then {1}'s rounding; options of both".format(*name.split("+"))}
+        for name in method.compositions()
+    ]
 
 
 def _told(method: type) -> str:
@@ -561,14 +735,24 @@ def _models() -> list[dict]:
     from suite import zoo
     from suite.paths import KNOWN_MODELS
 
-    rows = [{"name": e.name, "what": f"embedded: {e.family}, {e.layers} layers, width {e.hidden}"
-                                     f"{', tied embeddings' if e.tied else ''}"
-                                     f"{'' if (zoo.path(e.name) / 'config.json').exists() else '; NOT TRAINED in this installation'}"}
-            for e in zoo.TABLE.values()]
+    rows = [
+        {
+            "name": e.name,
+            "what": f"embedded: {e.family}, {e.layers} layers, width {e.hidden}"
+            f"{', tied embeddings' if e.tied else ''}"
+            f"{'' if (zoo.path(e.name) / 'config.json').exists() else '; NOT TRAINED in this installation'}",
+        }
+        for e in zoo.TABLE.values()
+    ]
     for name, known in json.loads(KNOWN_MODELS.read_text()).items():
-        rows.append({"name": name, "what": f"hub: {known['hub']}, {known['parameters'] / 1e9:.1f} B parameters"
-                                           f"{', gated' if known['gated'] else ''}"
-                                           f"{'; ' + known['note'] if known.get('note') else ''}"})
+        rows.append(
+            {
+                "name": name,
+                "what": f"hub: {known['hub']}, {known['parameters'] / 1e9:.1f} B parameters"
+                f"{', gated' if known['gated'] else ''}"
+                f"{'; ' + known['note'] if known.get('note') else ''}",
+            }
+        )
     return rows
 
 
@@ -581,7 +765,9 @@ def _tasks() -> list[dict]:
         text = path.read_text(encoding="utf-8")
         named = re.search(r"^group:\s*(\S+)", text, re.MULTILINE) or re.search(r"^task:\s*(\S+)", text, re.MULTILINE)
         if named:
-            comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines()))
+            comment = " ".join(
+                line.lstrip("# ") for line in itertools.takewhile(lambda x: x.startswith("#"), text.splitlines())
+            )
             rows.append({"name": named.group(1), "what": comment})
     return rows
 
@@ -613,7 +799,7 @@ def zoo():
 def train(name, steps, threads):
     """Train an embedded model from the seeded generator, in place of the one in this installation.
 
-    A run that is killed continues from its checkpoint. On one core: about half an hour for the s models, two hours for m.
+    A run that is killed continues from its checkpoint.
 
     \b
     Examples:
@@ -637,7 +823,9 @@ def card(name):
     """
     path = _embedded(name) / "README.md"
     if not path.exists():
-        raise PTQError(f"the embedded model {name!r} has no card in this installation: train it with `ptq zoo train {name}`")
+        raise PTQError(
+            f"the embedded model {name!r} has no card in this installation: train it with `ptq zoo train {name}`"
+        )
     click.echo(path.read_text(encoding="utf-8").rstrip())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections.abc import Callable
 from contextvars import ContextVar
 
 _CURRENT: ContextVar[Progress | None] = ContextVar("progress", default=None)
@@ -19,8 +20,8 @@ class Progress:
     done. Where stderr is not a terminal nothing is written.
 
     >>> with Progress("gptq") as progress:      # doctest: +SKIP
-    ...     quantize_model(method, model, calib, progress)
-    gptq:  38%|####      | 3/8 [00:12<00:20, layer 3]
+    ...     quantize_model(method, model, calib, progress.layers(8))
+    gptq:  38%|####      | 3/8 [00:12<00:20, layer 4 of 8]
     """
 
     def __init__(self, title: str, stream=None, delay: float = DELAY):
@@ -34,9 +35,15 @@ class Progress:
         if stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=self.title, file=stream, delay=self.delay, leave=False, ncols=_columns(stream),
-                             bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} "
-                                        "[{elapsed}<{remaining}{postfix}]", total=0)
+            self._bar = tqdm(
+                desc=self.title,
+                file=stream,
+                delay=self.delay,
+                leave=False,
+                ncols=_columns(stream),
+                bar_format="{desc}: {percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]",
+                total=0,
+            )
             self._clock = threading.Thread(target=self._tick, daemon=True)
             self._clock.start()
         return self
@@ -55,6 +62,16 @@ class Progress:
                 self._bar.total = total
                 self._bar.set_postfix_str(text, refresh=False)
                 self._bar.update(done - self._bar.n)
+
+    def layers(self, total: int) -> Callable[[int, int, str], None]:
+        """The callback for work that goes layer by layer and tells what is finished: names the layer in work."""
+
+        def tell(done: int, total: int, text: str = "") -> None:
+            layer = f"layer {done + 1} of {total}" if done < total else "finishing"
+            self(done, total, f"{layer}; {text} before" if text and done < total else layer)
+
+        tell(0, total)
+        return tell
 
     def say(self, text: str) -> None:
         """What is being done, where the number of steps stays."""

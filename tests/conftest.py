@@ -10,8 +10,16 @@ import tempfile
 # Before torch, transformers and datasets read them. A cache of its own: a test never sees what another run left.
 _cache = tempfile.mkdtemp(prefix="ptq-tests-")
 atexit.register(shutil.rmtree, _cache, ignore_errors=True)
-os.environ.update(HF_HOME=_cache, HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TRANSFORMERS_OFFLINE="1",
-                  HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", OMP_NUM_THREADS="1", MPLBACKEND="Agg")
+os.environ.update(
+    HF_HOME=_cache,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    TOKENIZERS_PARALLELISM="false",
+    OMP_NUM_THREADS="1",
+    MPLBACKEND="Agg",
+)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

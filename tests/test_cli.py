@@ -19,7 +19,18 @@ import toys
 from suite import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [[], ["quantize"], ["ppl"], ["lm-eval"], ["reproduce"], ["report"], ["ls"], ["zoo"], ["zoo", "train"], ["zoo", "card"]]
+COMMANDS = [
+    [],
+    ["quantize"],
+    ["ppl"],
+    ["lm-eval"],
+    ["reproduce"],
+    ["report"],
+    ["ls"],
+    ["zoo"],
+    ["zoo", "train"],
+    ["zoo", "card"],
+]
 
 
 @pytest.fixture
@@ -38,8 +49,14 @@ def ptq(capsys, monkeypatch, tmp_path):
 
 def ptq_process(*arguments, cwd, **environment):
     """The same in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "suite.cli", *map(str, arguments)], cwd=cwd, text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(ROOT), **environment}, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "suite.cli", *map(str, arguments)],
+        cwd=cwd,
+        text=True,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        timeout=120,
+    )
 
 
 def left_in(folder: Path) -> list[str]:
@@ -58,9 +75,11 @@ def test_help_is_instant_and_needs_no_torch(tmp_path):
     done = ptq_process("--help", cwd=tmp_path)
     assert done.returncode == 0 and "reproduce" in done.stdout
     assert spent() - before < 1.0
-    code = ("import sys, suite.cli\n"
-            "try: suite.cli.main(['--help'])\nexcept SystemExit: pass\n"
-            "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)")
+    code = (
+        "import sys, suite.cli\n"
+        "try: suite.cli.main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
 
 
@@ -102,13 +121,27 @@ def test_examples_use_options_and_names_that_exist():
 # ---------------------------------------------------------------------------------------------- ls
 
 
-@pytest.mark.parametrize("thing, expected", [
-    ("methods", ["fp16", "rtn", "gptq", "awq", "smoothquant", "cka-hybrid", "awq+gptq", "smoothquant+gptq"]),
-    ("models", ["tiny-llama-s", "tiny-llama-m", "tiny-qwen-s", "tiny-qwen-m", "llama-3-8b", "qwen1.5-0.5b"]),
-    ("tasks", ["world_math", "world_events", "world_quiz", "world_wiki_ppl", "world_chat_ppl", "wikitext2_ppl", "c4_ppl",
-               "text_ppl"]),
-    ("metrics", ["cka", "mse", "cosine", "sqnr"]),
-])
+@pytest.mark.parametrize(
+    "thing, expected",
+    [
+        ("methods", ["fp16", "rtn", "gptq", "awq", "smoothquant", "cka-hybrid", "awq+gptq", "smoothquant+gptq"]),
+        ("models", ["tiny-llama-s", "tiny-llama-m", "tiny-qwen-s", "tiny-qwen-m", "llama-3-8b", "qwen1.5-0.5b"]),
+        (
+            "tasks",
+            [
+                "world_math",
+                "world_events",
+                "world_quiz",
+                "world_wiki_ppl",
+                "world_chat_ppl",
+                "wikitext2_ppl",
+                "c4_ppl",
+                "text_ppl",
+            ],
+        ),
+        ("metrics", ["cka", "mse", "cosine", "sqnr"]),
+    ],
+)
 def test_ls(ptq, thing, expected):
     status, out, err = ptq("ls", thing, "--json")
     rows = json.loads(out)
@@ -136,7 +169,9 @@ def direct_perplexity(folder, text, window, max_tokens):
 
 
 def test_ppl_equals_a_direct_computation(ptq, toy_folder, toy_text_file, toy_text):
-    status, out, err = ptq("ppl", "--model", toy_folder, "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json")
+    status, out, err = ptq(
+        "ppl", "--model", toy_folder, "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json"
+    )
     assert status == 0 and err == ""
     found = json.loads(out)
     expected, tokens, windows = direct_perplexity(toy_folder, toy_text, 128, 2000)
@@ -146,14 +181,33 @@ def test_ppl_equals_a_direct_computation(ptq, toy_folder, toy_text_file, toy_tex
 
 
 def quantize(ptq, out, *more, method="gptq", model=None, calib=None):
-    return ptq("quantize", "--model", model, "--method", method, "--calib", calib, "--nsamples", 4, "--seqlen", 64,
-               "--out", out, *more)
+    return ptq(
+        "quantize",
+        "--model",
+        model,
+        "--method",
+        method,
+        "--calib",
+        calib,
+        "--nsamples",
+        4,
+        "--seqlen",
+        64,
+        "--out",
+        out,
+        *more,
+    )
 
 
-@pytest.mark.parametrize("method, more", [
-    ("rtn", []), ("gptq", ["--set", "damp=0.05", "--set", "act_order=true"]), ("awq+gptq", ["--wbits", "3", "--abits", "16"]),
-    ("cka-hybrid", ["--pool", "rtn,gptq", "--metric", "mse", "--block", "2"]),
-])
+@pytest.mark.parametrize(
+    "method, more",
+    [
+        ("rtn", []),
+        ("gptq", ["--set", "damp=0.05", "--set", "act_order=true"]),
+        ("awq+gptq", ["--wbits", "3", "--abits", "16"]),
+        ("cka-hybrid", ["--pool", "rtn,gptq", "--metric", "mse", "--block", "2"]),
+    ],
+)
 def test_quantize_then_ppl(ptq, tmp_path, toy_folder, toy_text_file, method, more):
     status, out, err = quantize(ptq, "quantized", *more, method=method, model=toy_folder, calib=toy_text_file)
     assert (status, err) == (0, "") and "bits per weight" in out
@@ -161,8 +215,12 @@ def test_quantize_then_ppl(ptq, tmp_path, toy_folder, toy_text_file, method, mor
     assert record["calibration"]["nsamples"] == 4 and record["calibration"]["seqlen"] == 64
     assert left_in(tmp_path)[0] == "quantized" and all(name.startswith("quantized") for name in left_in(tmp_path))
 
-    status, out, _ = ptq("ppl", "--model", "quantized", "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json")
-    full = ptq("ppl", "--model", toy_folder, "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json")[1]
+    status, out, _ = ptq(
+        "ppl", "--model", "quantized", "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json"
+    )
+    full = ptq("ppl", "--model", toy_folder, "--text", toy_text_file, "--window", 128, "--max-tokens", 2000, "--json")[
+        1
+    ]
     assert status == 0
     assert json.loads(out)["ppl"] != json.loads(full)["ppl"]
     assert json.loads(out)["ppl"] == pytest.approx(json.loads(full)["ppl"], rel=0.3)
@@ -195,7 +253,9 @@ def test_overwrite(ptq, tmp_path, toy_folder, toy_text_file):
 def measured(tmp_path_factory, toy_folder, toy_text_file):
     """A small comparison, run once: the folder it was run in, and what was printed."""
     folder = tmp_path_factory.mktemp("measured")
-    done = ptq_process("reproduce", toy_folder, *SMALL, "--calib", toy_text_file, "--methods", "fp16,rtn,cka-hybrid", cwd=folder)
+    done = ptq_process(
+        "reproduce", toy_folder, *SMALL, "--calib", toy_text_file, "--methods", "fp16,rtn,cka-hybrid", cwd=folder
+    )
     return folder, done
 
 
@@ -242,8 +302,23 @@ def test_report_draws_the_same_from_records_alone(ptq, measured, tmp_path, toy_f
 
 @pytest.mark.slow
 def test_severities_draw_their_figure(ptq, tmp_path, toy_folder, toy_text_file):
-    status, out, err = ptq("reproduce", toy_folder, "--fast", "--nsamples", 4, "--seqlen", 64, "--calib", toy_text_file,
-                           "--methods", "fp16,rtn", "--severities", "4,16", "--workers", 1)
+    status, out, err = ptq(
+        "reproduce",
+        toy_folder,
+        "--fast",
+        "--nsamples",
+        4,
+        "--seqlen",
+        64,
+        "--calib",
+        toy_text_file,
+        "--methods",
+        "fp16,rtn",
+        "--severities",
+        "4,16",
+        "--workers",
+        1,
+    )
     assert (status, err) == (0, "") and "outliers" in out
     figures = [line.strip() for line in out.splitlines() if "severity" in line and line.strip().endswith(".png")]
     assert figures and all((tmp_path / figure).stat().st_size > 5000 for figure in figures)
@@ -252,16 +327,39 @@ def test_severities_draw_their_figure(ptq, tmp_path, toy_folder, toy_text_file):
 @pytest.mark.slow
 def test_an_interrupted_run_continues(tmp_path, toy_folder, toy_text_file):
     """Killed by Ctrl-C after its first record, then run again: only the rest is measured."""
-    run = ["reproduce", str(toy_folder), "--tasks", "world_wiki_ppl,world_chat_ppl,world_events", "--fast", "--nsamples", "4",
-           "--seqlen", "64", "--calib", str(toy_text_file), "--methods", "fp16,rtn,gptq", "--workers", "2"]
-    process = subprocess.Popen([sys.executable, "-m", "suite.cli", *run], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = [
+        "reproduce",
+        str(toy_folder),
+        "--tasks",
+        "world_wiki_ppl,world_chat_ppl,world_events",
+        "--fast",
+        "--nsamples",
+        "4",
+        "--seqlen",
+        "64",
+        "--calib",
+        str(toy_text_file),
+        "--methods",
+        "fp16,rtn,gptq",
+        "--workers",
+        "2",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "suite.cli", *run],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     deadline = time.monotonic() + 100
     while not list((tmp_path / "results").rglob("*ppl*.json")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    kept = len(list((tmp_path / "results").rglob("*.json"))) - len(list((tmp_path / "results").rglob("*quantization*.json")))
+    kept = len(list((tmp_path / "results").rglob("*.json"))) - len(
+        list((tmp_path / "results").rglob("*quantization*.json"))
+    )
     assert process.returncode == 130 and out == "", (process.returncode, out, err)
     assert re.fullmatch(r"ptq: interrupted: [^\n]*continues from there\n", err), err
     assert 1 <= kept < 9 and not list((tmp_path / "results").rglob("*.tmp"))
@@ -271,9 +369,21 @@ def test_an_interrupted_run_continues(tmp_path, toy_folder, toy_text_file):
 
 @pytest.mark.slow
 def test_lm_eval_gives_the_numbers_of_reproduce(measured, toy_folder, toy_text_file, tmp_path):
-    done = ptq_process("lm-eval", "run", "--model", "ptq", "--model_args",
-                       f"pretrained={toy_folder},method=rtn,wbits=4,abits=8,calib={toy_text_file},nsamples=4,seqlen=64",
-                       "--tasks", "world_wiki_ppl,world_events", "--limit", "64", "--output_path", "out", cwd=tmp_path)
+    done = ptq_process(
+        "lm-eval",
+        "run",
+        "--model",
+        "ptq",
+        "--model_args",
+        f"pretrained={toy_folder},method=rtn,wbits=4,abits=8,calib={toy_text_file},nsamples=4,seqlen=64",
+        "--tasks",
+        "world_wiki_ppl,world_events",
+        "--limit",
+        "64",
+        "--output_path",
+        "out",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(next((tmp_path / "out").rglob("results*.json")).read_text())["results"]
     for task in ("world_wiki_ppl", "world_events"):
@@ -282,11 +392,14 @@ def test_lm_eval_gives_the_numbers_of_reproduce(measured, toy_folder, toy_text_f
             assert found[task][metric] == pytest.approx(told["value"], rel=1e-5)
 
 
-@pytest.mark.parametrize("line, expected", [
-    ("lm-eval run --model ptq --model_args pretrained={good},method=gtpq --tasks world_events", "gptq"),
-    ("lm-eval run --model ptq --model_args pretrained={good},method=gptq,dmap=1 --tasks world_events", "damp"),
-    ("lm-eval run --model ptq --model_args pretrained=tiny-lama-s --tasks world_events", "tiny-llama-s"),
-])
+@pytest.mark.parametrize(
+    "line, expected",
+    [
+        ("lm-eval run --model ptq --model_args pretrained={good},method=gtpq --tasks world_events", "gptq"),
+        ("lm-eval run --model ptq --model_args pretrained={good},method=gptq,dmap=1 --tasks world_events", "damp"),
+        ("lm-eval run --model ptq --model_args pretrained=tiny-lama-s --tasks world_events", "tiny-llama-s"),
+    ],
+)
 def test_a_mistake_for_lm_eval_is_one_line(ptq, tmp_path, world, line, expected):
     status, out, err = ptq(*line.format(good=world / "good").split())
     assert status == 2 and expected in err
@@ -321,8 +434,9 @@ def world(tmp_path_factory):
     for path in copy("no_tokenizer").glob("token*"):
         path.unlink()
     config = json.loads((good / "config.json").read_text())
-    (copy("other_family") / "config.json").write_text(json.dumps(
-        {**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}))
+    (copy("other_family") / "config.json").write_text(
+        json.dumps({**config, "model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]})
+    )
     return base
 
 
@@ -366,7 +480,10 @@ MISTAKES = {
     "unknown method in the pool": ("quantize --model {good} --method cka-hybrid --pool gptq,awk --out out", "awq"),
     "method twice in the pool": ("quantize --model {good} --method cka-hybrid --pool gptq,gptq --out out", "twice"),
     "block of no layers": ("quantize --model {good} --method cka-hybrid --block 0 --out out", "block"),
-    "group does not divide": ("quantize --model {good} --method rtn --group-size 96 --calib {text} {small} --out out", "96"),
+    "group does not divide": (
+        "quantize --model {good} --method rtn --group-size 96 --calib {text} {small} --out out",
+        "96",
+    ),
     "negative group": ("quantize --model {good} --method rtn --group-size -3 --out out", "group"),
     "bits too few": ("quantize --model {good} --method rtn --wbits 1 --out out", "2 to 8"),
     "bits too many": ("quantize --model {good} --method rtn --wbits 9 --out out", "2 to 8"),
@@ -380,7 +497,10 @@ MISTAKES = {
     "calibration too short": ("quantize --model {good} --method gptq --calib {short} {small} --out out", "64"),
     "no sample": ("quantize --model {good} --method gptq --calib {text} --nsamples 0 --out out", "nsamples"),
     "negative seed": ("quantize --model {good} --method gptq --calib {text} --seed -1 --out out", "seed"),
-    "sequence longer than the model": ("quantize --model {good} --method gptq --calib {text} --seqlen 4096 --out out", "512"),
+    "sequence longer than the model": (
+        "quantize --model {good} --method gptq --calib {text} --seqlen 4096 --out out",
+        "512",
+    ),
     "quantized folder for quantize": ("quantize --model {good} --method rtn --out {good}", "exists"),
     "out is a file": ("quantize --model {good} --method rtn --out {a_file}", "file"),
     "reproduce: unknown model": ("reproduce tiny-lama-s", "tiny-llama-s"),
@@ -390,8 +510,10 @@ MISTAKES = {
     "reproduce: bits": ("reproduce {good} --tasks world_events --wbits 12", "2 to 8"),
     "reproduce: empty list": ("reproduce {good} --tasks ,", "empty"),
     "reproduce: results below a file": ("reproduce {good} --tasks world_events --results {a_file}/x", "a_file"),
-    "reproduce: calibration is evaluated": ("reproduce {good} --tasks world_wiki_ppl --calib {evaluated} {small}",
-                                            "--allow-eval-calibration"),
+    "reproduce: calibration is evaluated": (
+        "reproduce {good} --tasks world_wiki_ppl --calib {evaluated} {small}",
+        "--allow-eval-calibration",
+    ),
     "reproduce: severity is no number": ("reproduce {good} --severities 2,many", "many"),
     "reproduce: severity out of range": ("reproduce {good} --severities 0.5", "above 1"),
     "report: no results folder": ("report tiny-llama-s", "results"),
@@ -403,7 +525,9 @@ MISTAKES = {
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_mistake_is_one_clear_line(ptq, tmp_path, world, case):
     line, expected = MISTAKES[case]
-    files = {path.stem: path for path in world.iterdir()} | {"evaluated": ROOT / "tasks" / "data" / "world_wiki_test.txt"}
+    files = {path.stem: path for path in world.iterdir()} | {
+        "evaluated": ROOT / "tasks" / "data" / "world_wiki_test.txt"
+    }
     before = left_in(world)
     status, out, err = ptq(*line.format(**files, small="--nsamples 4 --seqlen 64").split())
     assert status == 2
@@ -437,14 +561,37 @@ def test_a_bug_shows_its_traceback(ptq, monkeypatch, toy_folder, toy_text_file):
 
     monkeypatch.setattr(windows, "perplexity", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        cli.main(["ppl", "--model", str(toy_folder), "--text", str(toy_text_file), "--window", "64", "--max-tokens", "640"])
+        cli.main(
+            ["ppl", "--model", str(toy_folder), "--text", str(toy_text_file), "--window", "64", "--max-tokens", "640"]
+        )
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, toy_folder, toy_text_file):
     process = subprocess.Popen(
-        [sys.executable, "-m", "suite.cli", "quantize", "--model", str(toy_folder), "--method", "cka-hybrid", "--calib",
-         str(toy_text_file), "--nsamples", "1024", "--seqlen", "512", "--out", "out"],
-        cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        [
+            sys.executable,
+            "-m",
+            "suite.cli",
+            "quantize",
+            "--model",
+            str(toy_folder),
+            "--method",
+            "cka-hybrid",
+            "--calib",
+            str(toy_text_file),
+            "--nsamples",
+            "1024",
+            "--seqlen",
+            "512",
+            "--out",
+            "out",
+        ],
+        cwd=tmp_path,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     time.sleep(6)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGINT)

@@ -54,7 +54,9 @@ def test_files_of_the_layout_exist():
 def test_every_file_is_in_the_layout():
     table = README.partition("| floor | files | what |")[2].partition("###")[0]
     for path in (ROOT / "suite").glob("*.py"):
-        assert path.name == "__init__.py" or re.search(rf"[ /`]{re.escape(path.name)}\b", table), f"{path.name} is missing"
+        assert path.name == "__init__.py" or re.search(rf"[ /`]{re.escape(path.name)}\b", table), (
+            f"{path.name} is missing"
+        )
 
 
 def test_example_method_quantizes(monkeypatch):

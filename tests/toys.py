@@ -12,12 +12,15 @@ from suite.testing import KINDS, VOCABULARY, make_toy  # noqa: F401
 
 BOS, EOS = "<s>", "</s>"
 
+
 def make_text(words: int = 20_000, seed: int = 0) -> str:
     """Seeded text of short sentences and paragraphs: no meaning, but words repeat as words do."""
     generator = torch.Generator().manual_seed(seed)
     syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    lexicon = ["".join(syllables[i] for i in torch.randint(len(syllables), (int(n),), generator=generator))
-               for n in torch.randint(1, 4, (400,), generator=generator)]
+    lexicon = [
+        "".join(syllables[i] for i in torch.randint(len(syllables), (int(n),), generator=generator))
+        for n in torch.randint(1, 4, (400,), generator=generator)
+    ]
     rank = torch.rand(words, generator=generator).pow(3).mul(len(lexicon)).long()
     drawn, sentences, start = [lexicon[i] for i in rank], [], 0
     while start < words:
@@ -32,11 +35,16 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[BOS, EOS], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[BOS, EOS],
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
     bpe.train_from_iterator(make_text().split("\n\n"), trainer)
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))])
+        single=f"{BOS} $A", pair=f"{BOS} $A {BOS} $B", special_tokens=[(BOS, bpe.token_to_id(BOS))]
+    )
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=EOS)
 
 
