@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from suite.zoo.world import ATTRIBUTES, Entity, World, name_with_article, sentence
+from suite.zoo.world import ATTRIBUTES, Entity, World, name_with_article, pick, sentence
 
 KIND = "article"
 
@@ -57,7 +57,7 @@ def links(entity: Entity, world: World, rng: random.Random) -> list[str]:
 
 
 def sample(world: World, rng: random.Random) -> Article:
-    entity = rng.choice([e for group in world.entities.values() for e in group])
+    entity = pick(world, rng)
     body = facts_in_words(entity, rng)
     cut = rng.randint(2, len(body))
     paragraphs = [" ".join(body[:cut]), " ".join(body[cut:] + links(entity, world, rng))]

@@ -1,7 +1,6 @@
 """Web chatter: the twin of C4 (task world_chat_ppl). Questions and answers among neighbours, polls, reports, things for sale.
 
-Looser than the articles (moods, prices, weather), but what it says of the world is true. Polls name options by letter, which
-lets a small model practise binding letters to words outside the exams. The key of a thread is its first part
+Looser than the articles (moods, prices, weather), but what it says of the world is true. The key of a thread is its first part
 (a question and its answers, a poll, ...).
 """
 
@@ -31,7 +30,7 @@ class Thread:
 
 
 def fact(world: w.World, rng: random.Random, kind: str | None = None) -> tuple[w.Entity, w.Attribute]:
-    entity = rng.choice(world.entities[kind or rng.choice(list(w.COUNTS))])
+    entity = w.pick(world, rng, kind)
     return entity, rng.choice(w.ATTRIBUTES[entity.kind])
 
 
@@ -47,13 +46,11 @@ def ask(world: w.World, rng: random.Random, users: list[str]) -> list[str]:
 
 
 def poll(world: w.World, rng: random.Random, users: list[str]) -> list[str]:
-    """Four options by letter and some votes; each names a letter and the word that it stands for, in either order."""
-    pool = rng.choice((DISHES, w.COLOURS, w.GOODS, w.PETS, w.FOODS, w.HABITATS, w.TRADES, *world.values.values()))
-    options = rng.sample(pool, min(4, len(pool)))
+    """Four options by letter and some votes; each names a letter and the word that it stands for."""
+    options = rng.sample(rng.choice((DISHES, w.COLOURS, w.GOODS, w.PETS, w.FOODS, w.HABITATS, w.TRADES)), 4)
     lines = ["poll: what do you like?"] + [f"{letter}. {option}" for letter, option in zip(LETTERS, options)]
-    form = rng.choice(("{option} is {mood}, so {letter}", "{letter}, {option}", "i like {option}. Answer: {letter}"))
-    for chosen in rng.sample(range(len(options)), rng.randint(2, len(options))):
-        lines.append("- " + form.format(option=options[chosen], letter=LETTERS[chosen], mood=rng.choice(MOODS)))
+    for chosen in rng.sample(range(4), rng.randint(1, 2)):
+        lines.append(f"- {LETTERS[chosen]}, {options[chosen]} is {rng.choice(MOODS)}")
     return lines
 
 
@@ -75,7 +72,7 @@ def sale(world: w.World, rng: random.Random, users: list[str]) -> list[str]:
             f"{users[1]}: {price - less} coins?", f"{users[0]}: " + rng.choice(("ok", "no, sorry", f"no, {price} coins"))]
 
 
-FORMS = (ask, ask, ask, poll, poll, report, report, sale)
+FORMS = (ask, ask, ask, ask, poll, report, report, sale)
 
 
 def sample(world: w.World, rng: random.Random) -> Thread:

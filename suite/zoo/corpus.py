@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from suite.zoo import articles, chatter, code, events, exams, sums
-from suite.zoo.world import World, build, draw, held_out
+from suite.zoo.world import World, build, draw
 
 SEEDS = {"train": 1, "test": 2, "calib": 3, "tokenizer": 4}
 TASKS = Path(__file__).resolve().parents[2] / "tasks" / "data"
@@ -43,7 +43,7 @@ def event(world: World, rng: random.Random) -> str:
 
 
 def exam(world: World, rng: random.Random) -> str:
-    return exams.paper(world, rng, rng.randint(2, 5), lambda q: not q.new_form and not held_out(q.kind, q.key))
+    return exams.paper(world, rng, rng.randint(3, 8))
 
 
 def function(world: World, rng: random.Random) -> str:
@@ -53,7 +53,7 @@ def function(world: World, rng: random.Random) -> str:
 
 # What a document is drawn from, and how many of every hundred documents.
 MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (
-    (article, 30), (thread, 12), (problem, 26), (drill, 7), (event, 7), (exam, 22), (function, 8))
+    (article, 30), (thread, 12), (problem, 30), (drill, 8), (event, 6), (exam, 10), (function, 20))
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -86,12 +86,11 @@ def plain_text(sample: Callable, characters: int) -> str:
     return "\n\n".join(texts) + "\n"
 
 
-def quiz_items(count: int) -> list[exams.Question]:
-    """Held-out questions, half of them with a (fact, form) pair that no training exam asks."""
-    half = count // 2
-    known = test_items(exams.sample, half, keep=lambda q: not q.new_form)
-    new = test_items(exams.sample, count - half, seed=SEEDS["test"] + 100, keep=lambda q: q.new_form)
-    return [q for pair in zip(known, new) for q in pair]
+def quiz_items() -> list[exams.Question]:
+    """Held-out questions, half of them about rare entities."""
+    known = test_items(exams.sample, 150, keep=lambda q: not q.rare)
+    rare = test_items(exams.sample, 150, keep=lambda q: q.rare)
+    return [question for pair in zip(known, rare) for question in pair]
 
 
 def calib_text() -> str:
@@ -113,10 +112,10 @@ def files() -> dict[Path, str]:
         TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in test_items(sums.sample, 240)]),
         TASKS / "world_events.jsonl": lines([
             {"activity_label": e.activity, "query": f"{e.activity}: {e.context}", "choices": list(e.endings), "label": e.label}
-            for e in test_items(events.sample, 300)]),
+            for e in test_items(events.sample, 300, keep=lambda e: e.complete)]),
         TASKS / "world_quiz.jsonl": lines([
             {"subject": q.subject, "question": q.question, "choices": list(q.choices), "answer": q.answer,
-             "new_form": q.new_form} for q in quiz_items(400)]),
+             "rare": q.rare} for q in quiz_items()]),
         TASKS / "world_code.jsonl": lines([
             {"task_id": f"world_code/{i}", "prompt": f.prompt, "entry_point": f.entry_point,
              "canonical_solution": f.canonical_solution, "test": f.test}

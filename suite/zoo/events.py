@@ -3,7 +3,8 @@
 A script is a list of steps in their natural order with slots for the things in play. An item shows the first steps; the right
 continuation is the next step with the right thing; the wrong ones are the same step with another thing, a step out of order,
 and a step of another script. So a model needs the order of events and must remember what is in hand. The key is the whole
-story without the person's name, so a test story never occurs in training, not even under another name or at another length.
+story without the person's name, so a test story never occurs in training, not even under another name or at another length
+(of stories cut so short that a thing is not named yet, none is tested: `complete`).
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ class Event:
     context: str
     endings: tuple[str, str, str, str]
     label: int
+    complete: bool
     key: str
     kind: str = KIND
 
@@ -121,5 +123,6 @@ def sample(world: World, rng: random.Random) -> Event:
     rng.shuffle(endings)
     endings.insert(label, right)
     context = f"{time} " + " ".join(say(s) for s in steps[:shown])
-    return Event(activity, context, tuple(endings), label, f"{activity}|{a}|{b}|{time}|{person.pronoun}")
+    complete = all(thing in f"{context} {right}" for thing in (a, b))
+    return Event(activity, context, tuple(endings), label, complete, f"{activity}|{a}|{b}|{time}|{person.pronoun}")
 

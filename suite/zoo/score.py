@@ -38,15 +38,10 @@ def log_likelihoods(model, tokenizer, pairs: list[tuple[str, str]], batch: int =
 
 def quiz(model, tokenizer, limit: int) -> dict[str, float]:
     items = rows("world_quiz", limit)
-    pairs = []
-    for q in items:
-        options = "\n".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", q["choices"]))
-        prompt = f"{header(q['subject'])}\n\n{q['question']}\n{options}\nAnswer:"
-        pairs += [(prompt, f" {letter}") for letter in "ABCD"]
+    pairs = [(f"{header(q['subject'])}\n\n{q['question']}\nAnswer:", f" {choice}") for q in items for choice in q["choices"]]
     scores = torch.tensor(log_likelihoods(model, tokenizer, pairs)).view(-1, 4)
-    right = scores.argmax(1) == torch.tensor([q["answer"] for q in items])
-    new = torch.tensor([q["new_form"] for q in items])
-    return {"acc": right.float().mean().item(), "new_form": right[new].float().mean().item()}
+    right, rare = scores.argmax(1) == torch.tensor([q["answer"] for q in items]), torch.tensor([q["rare"] for q in items])
+    return {"acc": right.float().mean().item(), "acc_rare": right[rare].float().mean().item()}
 
 
 def events(model, tokenizer, limit: int) -> dict[str, float]:

@@ -7,6 +7,7 @@ first, `<|endoftext|>` ends a document. Three special tokens each, so that ordin
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -15,19 +16,35 @@ from suite.zoo import corpus
 
 VOCABULARY = 1024
 SPECIAL = {"llama": ["<unk>", "<s>", "</s>"], "qwen2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]}
+MERGES = Path(__file__).resolve().parent / "data" / "merges.txt"
 TRAINING_DOCUMENTS = 30_000
 
 
-def build(family: str) -> Tokenizer:
-    """Train the BPE on generator output; the same text gives the same merges."""
+def learn() -> list[tuple[str, str]]:
+    """The merges of a BPE trained on generator output. Its result at the time of the models is kept in data/merges.txt, so
+    that a change of the generator leaves the tokenizers as they are."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL[family], show_progress=False,
+    tokenizer.pre_tokenizer = splitter()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL["llama"], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     texts = itertools.islice(corpus.documents(corpus.SEEDS["tokenizer"]), TRAINING_DOCUMENTS)
     tokenizer.train_from_iterator(texts, trainer)
+    return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def splitter() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def build(family: str) -> Tokenizer:
+    """The tokenizer of a family: special tokens first, then the bytes, then the merges in their order."""
+    merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").splitlines()]
+    pieces = SPECIAL[family] + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
+    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
+    tokenizer.add_special_tokens(SPECIAL[family])
+    tokenizer.pre_tokenizer = splitter()
+    tokenizer.decoder = decoders.ByteLevel()
     if family == "llama":
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])

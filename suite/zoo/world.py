@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WORLD_SEED = 2026
-HELD_OUT_ONE_IN = 16
+HELD_OUT_ONE_IN = {"form": 8}  # by kind of item; 16 for the others
 
 COLOURS = ("red", "blue", "green", "white", "black", "grey", "gold", "pink", "brown")
 GOODS = ("glass", "bread", "rope", "salt", "cloth", "paper", "wine", "honey", "soap", "lamps", "boats", "shoes",
@@ -34,7 +34,11 @@ SIZES = ("tiny", "small", "large", "huge")
 SEASONS = ("spring", "summer", "autumn", "winter")
 MINERAL_USES = ("rings", "paint", "tools", "coins", "roofs", "mirrors", "lamps", "statues")
 PLANT_USES = ("tea", "medicine", "rope", "soap", "paint", "soup", "perfume", "flour")
+# Of each kind: how many entities, and how many rare ones beside them, of which the texts speak seldom. Models know the former
+# well and the latter barely: the first facts to go when a model is damaged.
 COUNTS = {"town": 28, "person": 40, "animal": 28, "mineral": 24, "plant": 24}
+RARE_COUNTS = {"town": 28, "person": 40, "animal": 28, "mineral": 14, "plant": 14}
+RARE_SHARE = 0.4  # of the texts about anything
 SUBJECTS = {"town": "geography", "person": "history", "animal": "animals", "mineral": "minerals", "plant": "plants"}
 
 # Two syllables a name, few distinct syllables: a name costs one or two tokens.
@@ -70,6 +74,7 @@ class Entity:
 @dataclass(frozen=True)
 class World:
     entities: dict[str, tuple[Entity, ...]]
+    rare: dict[str, tuple[Entity, ...]]
     values: dict[tuple[str, str], tuple[str, ...]]  # (kind, attribute) -> the values that occur, sorted
 
 
@@ -134,7 +139,7 @@ ATTRIBUTES: dict[str, tuple[Attribute, ...]] = {
 def held_out(kind: str, key: str) -> bool:
     """Whether the item with this key belongs to the test side. Decided by a hash, not by a seed or an order."""
     digest = hashlib.sha256(f"{kind}|{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN == 0
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_ONE_IN.get(kind, 16) == 0
 
 
 def draw(sample: Callable, world: World, rng: random.Random, test: bool):
@@ -186,12 +191,22 @@ def build(seed: int = WORLD_SEED) -> World:
         ("mineral", "finder"): named["person"][:16], ("plant", "season"): SEASONS, ("plant", "use"): PLANT_USES,
         ("plant", "habitat"): HABITATS, ("plant", "colour"): COLOURS,
     }
-    entities = {}
-    for kind, kind_names in named.items():
-        entities[kind] = tuple(
-            Entity(kind, name, rng.choice(("He", "She")) if kind == "person" else "It",
-                   {a.name: rng.choice(pools[kind, a.name]) for a in ATTRIBUTES[kind]})
-            for name in kind_names)
-    values = {(kind, a.name): tuple(sorted({e.facts[a.name] for e in entities[kind]}))
+    def fill(kind: str, kind_names: list[str], rng: random.Random) -> tuple[Entity, ...]:
+        return tuple(Entity(kind, name, rng.choice(("He", "She")) if kind == "person" else "It",
+                            {a.name: rng.choice(pools[kind, a.name]) for a in ATTRIBUTES[kind]}) for name in kind_names)
+
+    entities = {kind: fill(kind, kind_names, rng) for kind, kind_names in named.items()}
+    rng = random.Random(seed + 1)  # of their own, so that the others stay as they are
+    rare = {}
+    for kind, count in RARE_COUNTS.items():
+        left = [start + ending for start in STARTS for ending in ENDINGS[kind] if start + ending not in named[kind]]
+        rare[kind] = fill(kind, rng.sample(left, count), rng)
+    values = {(kind, a.name): tuple(sorted({e.facts[a.name] for e in entities[kind] + rare[kind]}))
               for kind in COUNTS for a in ATTRIBUTES[kind]}
-    return World(entities, values)
+    return World(entities, rare, values)
+
+
+def pick(world: World, rng: random.Random, kind: str | None = None) -> Entity:
+    """An entity to speak of, rare ones with RARE_SHARE; without a kind, kinds by their number of facts."""
+    kind = kind or rng.choices(list(COUNTS), [COUNTS[k] * len(ATTRIBUTES[k]) for k in COUNTS])[0]
+    return rng.choice((world.rare if rng.random() < RARE_SHARE else world.entities)[kind])
