@@ -38,7 +38,7 @@ class SpinQuant:
                    before down_proj at run time; and R3, one on queries and keys, where the key-value cache is rounded.
     inner:         "gptq" or "rtn", with their default options and this scheme.
     steps, learning_rate, batch: of the learning; batch counts sequences. The rate falls as half a cosine wave.
-    seed:          of the start, and of the order of sequences.
+    rotation_seed: of the start, and of the order of sequences.
     fallback:      what to take for a width that has no tabulated Hadamard matrix ("constructed", "block-hadamard",
                    "random", see `suite.hadamard.online`); "": such a model is an error.
 
@@ -61,7 +61,7 @@ class SpinQuant:
     steps: int = 100
     learning_rate: float = 1.5
     batch: int = 8
-    seed: int = 0
+    rotation_seed: int = 0
     fallback: str = ""
     rewrites_model = True  # its rules fit only the model that its plan has rotated
 
@@ -74,7 +74,7 @@ class SpinQuant:
             if value not in allowed:
                 raise unknown(kind, value, allowed)
         hadamard.check_fallback(self.fallback)
-        for name, least in (("steps", 1), ("batch", 1), ("seed", 0)):
+        for name, least in (("steps", 1), ("batch", 1), ("rotation_seed", 0)):
             if getattr(self, name) < least:
                 raise PTQError(f"{name} is {getattr(self, name)}: allowed are whole numbers from {least}")
         if not (0 < self.learning_rate < math.inf):
@@ -121,11 +121,11 @@ class SpinQuant:
     def _stay_online(self, model: nn.Module) -> dict[str, str]:
         """R4, and R3 where the key-value cache is rounded."""
         note = {}
-        r4 = hadamard.online(model.config.intermediate_size, self.fallback, self.seed)
+        r4 = hadamard.online(model.config.intermediate_size, self.fallback, self.rotation_seed)
         rotate.put_online_(model, r4)
         note["R4"] = r4.name
         if (bits := kv.bits_of(model)) < 16:
-            r3 = hadamard.online(arch.head_dim(model), self.fallback, self.seed)
+            r3 = hadamard.online(arch.head_dim(model), self.fallback, self.rotation_seed)
             kv.set_(model, bits, r3)
             note["R3"] = r3.name
         return note
@@ -136,7 +136,7 @@ class SpinQuant:
         rotate.fuse_norms_(model)
         rotations, note = self._start(model), {}
         if self.rotation == "learned":
-            schedule = rotate.Schedule(self.steps, self.learning_rate, self.batch, self.seed)
+            schedule = rotate.Schedule(self.steps, self.learning_rate, self.batch, self.rotation_seed)
             weight = self.scheme.weight if self.scheme.act is None else None
             note = {
                 "start": "random-hadamard",
@@ -156,13 +156,13 @@ class SpinQuant:
         return {**note, "sha256": rotations.digests()}
 
     def _start(self, model: nn.Module) -> rotate.Rotations:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.rotation_seed)
 
         def one(width: int) -> Tensor:
             if self.rotation == "random":
                 return hadamard.random_orthogonal(width, generator)
             if self.rotation == "hadamard":
-                return hadamard.online(width, self.fallback, self.seed).matrix()
+                return hadamard.online(width, self.fallback, self.rotation_seed).matrix()
             return hadamard.random_hadamard(width, generator, self.fallback)
 
         head = arch.head_dim(model)

@@ -37,7 +37,8 @@ from suite.store import Record, Setting, Store, canonical, significant
 
 NUMERICS = 1  # to be raised by every change of the suite that changes results: records of before are then not reused
 
-METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka-hybrid")
+METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "spinquant", "mp-gptq", "cka-hybrid")
+FAST_METHODS = tuple(name for name in METHODS if name != "spinquant")  # learning takes longer than all others together
 EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
 PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
 INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
@@ -140,6 +141,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     kvbits: of the key-value cache, for all but full precision.
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
+    Without `methods`, what is left out then is SpinQuant, which learns.
     fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the
     same time, each in a process of its own; None: as many as there are cores for, if the model is small and on a
     processor.
@@ -156,7 +158,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
         raise PTQError(f"model {model!r} is quantized already: give the full-precision model it was made from")
     embedded = source.kind == "embedded"
     limit = FAST_LIMIT if fast and limit is None else limit
-    built = _build(methods or METHODS, options or {}, mode)
+    built = _build(methods or (FAST_METHODS if fast else METHODS), options or {}, mode)
     if source.folder is None:
         hub.require(f"model {source.repository!r}", INSTEAD)
     tests = Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
@@ -232,7 +234,7 @@ def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[in
             made = []
             for rotation in rotations:
                 further = learning or {} if rotation == "learned" else {}
-                options = {"rotation": rotation, "variant": variant, "seed": seed, **scheme, **further}
+                options = {"rotation": rotation, "variant": variant, "rotation_seed": seed, **scheme, **further}
                 made.append(method.build("spinquant", **options))
             outcomes.append(reproduce(model, ["fp16", *made], tasks, options=scheme, seed=seed, **arguments))
     return outcomes

@@ -275,7 +275,7 @@ def test_the_record_tells_how_it_was_learned():
     assert record["sequences"] == 24 and record["distinct sequences"] == 8 and len(record["losses"]) == 3
     assert len(record["sha256"]["R1"]) == 64 and len(record["sha256"]["R2"]) == 2
     json.dumps(record, allow_nan=False)
-    other = walk.quantize_model(method.build("spinquant", steps=3, seed=1), toy.model(), toy.calib())[0]["rotation"]
+    other = walk.quantize_model(method.build("spinquant", steps=3, rotation_seed=1), toy.model(), toy.calib())[0]["rotation"]
     assert other["sha256"]["R1"] != record["sha256"]["R1"]
 
 
@@ -348,7 +348,7 @@ def test_a_killed_run_continues_to_the_same_model(tmp_path, toy_folder, toy_text
     assert 0 < steps < 12 and not killed.exists()
 
     with pytest.raises(SystemExit) as refused:
-        cli.main(quantize(toy_folder, killed, toy_text_file, "--set", "seed=1"))
+        cli.main(quantize(toy_folder, killed, toy_text_file, "--set", "rotation_seed=1"))
     assert refused.value.code == 2 and "state of another run, which differs in method" in capsys.readouterr().err
 
     for out in (killed, whole):

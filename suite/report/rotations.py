@@ -36,24 +36,28 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
     """One row per scheme, variant and rotation: perplexity by seed, mean, standard deviation, and the difference to the
     control with its standard error, over the seeds that both have.
 
-    Of runs that differ in anything else (calibration, steps, inner method, limit), those measured last count.
+    Of several calibration sets (seeds apart), limits, types or versions, those of the record measured last count.
     """
-    last: dict[tuple, Record] = {}
-    records = (
-        r
-        for r in store.records(model=model, kind="evaluation", mode="matched")
-        if r.identity["method"].get("method") == "spinquant" and r.identity["task"]["name"] == task
+    records = sorted(
+        (
+            r
+            for r in store.records(model=model, kind="evaluation", mode="matched")
+            if r.identity["method"].get("method") == "spinquant"
+            and r.identity["method"]["options"]["inner"] == "gptq"
+            and r.identity["task"]["name"] == task
+        ),
+        key=lambda r: r.provenance.get("date", ""),
     )
-    for record in sorted(records, key=lambda r: r.provenance.get("date", "")):
-        chosen = record.identity["method"]["options"]
-        last[record.identity["scheme"], chosen["variant"], chosen["rotation"], chosen["seed"]] = record
     found: dict[tuple, dict[int, float]] = {}
-    for (scheme, variant, rotation, seed), record in last.items():
-        found.setdefault((scheme, variant, rotation), {})[seed] = data.Score(record).value
+    for record in records:
+        if _shared(record) == _shared(records[-1]):
+            chosen = record.identity["method"]["options"]
+            key = (record.identity["scheme"], chosen["variant"], chosen["rotation"], _learning(chosen))
+            found.setdefault(key, {})[chosen["rotation_seed"]] = data.Score(record).value
     seeds = sorted({seed for values in found.values() for seed in values})
     rows = []
-    for scheme, variant, rotation in sorted(found, key=lambda key: (*key[:2], ORDER.index(key[2]))):
-        values, control = found[scheme, variant, rotation], found.get((scheme, variant, CONTROL), {})
+    for scheme, variant, rotation, learning in sorted(found, key=lambda key: (*key[:2], ORDER.index(key[2]), key[3])):
+        values, control = found[scheme, variant, rotation, learning], found.get((scheme, variant, CONTROL, ""), {})
         differences = (
             [values[seed] - control[seed] for seed in sorted({*values} & {*control})] if rotation != CONTROL else []
         )
@@ -62,12 +66,34 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
                 "scheme": scheme,
                 "variant": variant,
                 "rotation": rotation,
+                "learning": learning,
                 **{f"seed_{seed}": values.get(seed) for seed in seeds},
                 **_summary("", list(values.values())),
                 **_summary("difference_", differences),
             }
         )
     return rows
+
+
+def _shared(record: Record) -> tuple:
+    """What all numbers of a table have in common."""
+    identity = record.identity
+    calibration = {key: identity["calibration"][key] for key in ("source", "nsamples", "seqlen")}
+    return (
+        calibration,
+        identity["model"],
+        identity["dtype"],
+        identity["numerics"],
+        identity["libraries"],
+        identity["task"],
+    )
+
+
+def _learning(options: Mapping[str, Any]) -> str:
+    """How rotations were learned."""
+    if options["rotation"] != "learned":
+        return ""
+    return f"{options['steps']} x {options['batch']}, rate {options['learning_rate']:g}"
 
 
 def _summary(prefix: str, values: list[float]) -> dict[str, float | None]:
@@ -95,7 +121,7 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
         [
             row["scheme"],
             row["variant"],
-            row["rotation"],
+            " ".join(filter(None, (row["rotation"], row["learning"] and f"({row['learning']})"))),
             *(_number(row[seed]) for seed in seeds),
             _number(row["mean"]),
             _number(row["deviation"]),
@@ -115,10 +141,10 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
     reference = f" Full precision: {full:.3f}." if full is not None else ""
     return (
         f"# Does learning the rotation help? {data.title_of(model)}\n\n"
-        f"{data.heading(task)} perplexity after each rotation and the inner method (GPTQ by default).{reference} "
+        f"{data.heading(task)} perplexity after each rotation and GPTQ.{reference} "
         f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
         f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
-        f'"none" is the inner method without a rotation.\n\n'
+        f'"none" is GPTQ without a rotation.\n\n'
         + tabulate(
             cells,
             headings,
