@@ -72,6 +72,8 @@ def _quiet() -> None:
         "MPLBACKEND": "Agg",
     }.items():
         os.environ.setdefault(name, value)
+    # Threads that wait for each other in a spin take the processor from those they wait for when the machine is busy.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():
         for name in ("TQDM_DISABLE", "HF_HUB_DISABLE_PROGRESS_BARS", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
             os.environ.setdefault(name, "1")
@@ -171,8 +173,8 @@ CALIBRATION = (
         metavar="SOURCE",
         help="A text file, or embedded, wikitext2, c4, pile.  [embedded; hub models: wikitext2]",
     ),
-    click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [128]"),
-    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of each.  [what the model takes, up to 2048]"),
+    click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [64 of the embedded text, else 128]"),
+    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of each.  [512 of the embedded text, else what the model takes, up to 2048]"),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."
     ),
@@ -314,13 +316,10 @@ def quantize(
     # Models of the hub speak no language that the embedded text is written in; all others need no hub for it.
     matched = Native(source="wikitext2" if loaded.kind == "hub" else calibration.EMBEDDED)
     published = native(method) if mode == "native" else matched
-    sequences = calibration.load(
-        calib or published.source,
-        loaded.tokenizer,
-        nsamples or published.nsamples,
-        windows.fit(seqlen, windows.max_positions(loaded.model), published.seqlen),
-        seed,
-    )
+    source = calib or published.source
+    count, length = (published.nsamples, published.seqlen) if mode == "native" else calibration.usual_size(source)
+    length = windows.fit(seqlen, windows.max_positions(loaded.model), length)
+    sequences = calibration.load(source, loaded.tokenizer, nsamples or count, length, seed)
     kv.set_(loaded.model, int(kvbits))
     made = {
         "model": loaded.identity,

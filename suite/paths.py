@@ -15,4 +15,6 @@ def tasks() -> Path:
     for folder in (_PACKAGE.parent / "tasks", _PACKAGE / "_tasks"):
         if any(folder.glob("*.yaml")):  # `tasks` is also a name that other people's folders in site-packages have
             return folder
-    raise FileNotFoundError(f"the installation is incomplete: no tasks beside or inside {_PACKAGE.name}/; install it again")
+    raise FileNotFoundError(
+        f"the installation is incomplete: no tasks beside or inside {_PACKAGE.name}/; install it again"
+    )
