@@ -93,6 +93,20 @@ def test_padded_batches_answer_like_single_sequences():
     assert (found - _logits(model, tokens)).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize("name", method.names())
+def test_it_goes_with_every_method(name):
+    toy, tokens = TOYS["biased"], TOYS["biased"].tokens(2, seed=1)
+    options = {"steps": 2} if "steps" in method.options_of(name) else {}
+    logits = {}
+    for bits in (16, 3):
+        model = toy.model()
+        kv.set_(model, bits)
+        walk.quantize_model(method.build(name, **options), model, toy.calib())
+        logits[bits] = _logits(model, tokens)
+        assert kv.bits_of(model) == bits and logits[bits].isfinite().all()
+    assert not torch.equal(logits[16], logits[3])
+
+
 def test_bits_out_of_range_are_an_error():
     model = make_toy()
     with pytest.raises(PTQError, match="kvbits is 1.*2 to 8"):

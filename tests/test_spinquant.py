@@ -15,7 +15,7 @@ import pytest
 import torch
 from toys import make_tokenizer, make_toy
 
-from suite import arch, calib, checkpoint, cli, hadamard, kv, method, resume, rotate, stiefel, walk
+from suite import arch, calib, checkpoint, cli, hadamard, kv, method, models, resume, rotate, stiefel, walk, zoo
 from suite.errors import PTQError
 from suite.grid import QuantSpec
 from suite.linear import Online
@@ -52,6 +52,16 @@ def test_plan_leaves_the_function_as_it_is(kind, rotation, variant):
     assert all(torch.equal(v, torch.ones_like(v)) for k, v in after.items() if "norm" in k), (
         "gains stand in the linears"
     )
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_plan_leaves_the_function_of_an_embedded_model(name):
+    if not (zoo.path(name) / "model.safetensors").exists():
+        pytest.skip(f"{name} is not trained in this installation")
+    model, tokens = models.load(name, dtype="float64").model, tokens_of(2, 48, seed=1)
+    before = _logits(model, tokens)
+    method.build("spinquant", steps=1, variant="had").plan(model, calib.from_tokens(tokens_of(2, 32)))
+    assert _relative(_logits(model, tokens), before) < EXACT
 
 
 def test_every_bias_is_rotated_that_has_to_be():
@@ -275,7 +285,9 @@ def test_the_record_tells_how_it_was_learned():
     assert record["sequences"] == 24 and record["distinct sequences"] == 8 and len(record["losses"]) == 3
     assert len(record["sha256"]["R1"]) == 64 and len(record["sha256"]["R2"]) == 2
     json.dumps(record, allow_nan=False)
-    other = walk.quantize_model(method.build("spinquant", steps=3, rotation_seed=1), toy.model(), toy.calib())[0]["rotation"]
+    other = walk.quantize_model(method.build("spinquant", steps=3, rotation_seed=1), toy.model(), toy.calib())[0][
+        "rotation"
+    ]
     assert other["sha256"]["R1"] != record["sha256"]["R1"]
 
 
