@@ -174,7 +174,8 @@ CALIBRATION = (
         help="A text file, or embedded, wikitext2, c4, pile.  [embedded; hub models: wikitext2]",
     ),
     click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [64 of the embedded text, else 128]"),
-    click.option("--seqlen", type=click.IntRange(min=2), help="Tokens of each.  [512 of the embedded text, else what the model takes, up to 2048]"),
+    click.option("--seqlen", type=click.IntRange(min=2),
+                 help="Tokens of each.  [512 of the embedded text, else what the model takes, up to 2048]"),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."
     ),
@@ -656,7 +657,8 @@ def rotations(model, abits, wbits, seeds, variant, workers, results):
     """
     for option, words in {"--abits": abits, "--seeds": seeds}.items():
         if bad := next((word for word in words if not word.isdigit()), None):
-            raise PTQError(f"{option}: {bad!r} is no whole number: write e.g. {option} {'4,8' if 'a' in option else '0,1'}")
+            example = "4,8" if "a" in option else "0,1"
+            raise PTQError(f"{option}: {bad!r} is no whole number: write e.g. {option} {example}")
 
     from suite import experiments
     from suite.progress import Progress
@@ -719,7 +721,7 @@ def _methods() -> list[dict]:
         for name in method.names()
     ]
     return rows + [
-        {"name": name, "what": "{0}'s transform, then {1}'s rounding; options of both".format(*name.split("+"))}
+        {"name": name, "what": "{}'s transform, then {}'s rounding; options of both".format(*name.split("+"))}
         for name in method.compositions()
     ]
 

@@ -246,7 +246,7 @@ def test_overwrite(ptq, tmp_path, toy_folder, toy_text_file):
     assert (tmp_path / "q" / "ptq.json").read_text() != before
 
 
-# ---------------------------------------------------------------------------------------------- reproduce, report, lm-eval
+# ---------------------------------------------------------------------------------------------- reproduce, report
 
 
 @pytest.fixture(scope="module")

@@ -106,7 +106,8 @@ def test_imports_go_downward(path):
 
 
 @pytest.mark.parametrize("source", [
-    "import suite.walk", "from suite import walk", "from suite.walk import commit", "def f():\n    from suite import walk",
+    "import suite.walk", "from suite import walk", "from suite.walk import commit",
+    "def f():\n    from suite import walk",
     "import baselines.gptq", "import pandas", "from suite.grid import Grid\nimport lm_eval.tasks",
 ])
 def test_a_violation_is_found(tmp_path, source):

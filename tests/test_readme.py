@@ -5,8 +5,8 @@ import shlex
 import sys
 from pathlib import Path
 
-import toys
 import torch
+import toys
 
 from suite import calib, cli, method, walk
 from suite.linear import QuantLinear
