@@ -156,8 +156,8 @@ def notes(comparison: Comparison) -> list[str]:
              f"over windows or documents ({stats.LEVEL:.0%}, {stats.RESAMPLES:,} draws); no bold means that the first "
              f"two cannot be told apart.",
              "Δ FP16: difference to the full-precision row, its paired bootstrap interval in brackets; the "
-             "intervals of the perplexities themselves stand in the CSV. ±: standard error. Bits: per weight of decoder "
-             "layers, scales counted. Seconds: to quantize."]
+             "intervals of the perplexities themselves stand in the CSV. ±: standard error. Bits: per decoder weight, "
+             "scales counted. Seconds: to quantize."]
     if any(score.overlaps for row in comparison.rows for score in row.scores.values()):
         found.append(f"{_OVERLAP} Calibrated on the text it is evaluated on: not a fair number.")
     return found
