@@ -40,7 +40,7 @@ from suite.progress import Progress
 
 log = logging.getLogger(__name__)
 
-NSAMPLES, SEQLEN = 128, 2048  # matched mode; a model with fewer positions takes all it has
+LONGEST = 2048  # tokens of a sequence for which the automatic batch size reckons
 HUB_SOURCE = "wikitext2"  # calibrates models of the hub; all others the embedded text, which needs no hub
 MODES = ("matched", "native")
 AUTO_BATCH_TOKENS = 16_384  # tokens run at once where the batch size is left to the suite
@@ -119,8 +119,9 @@ class PTQ(HFLM):
             if loaded.kind == "given":
                 model = copy.deepcopy(model)
             source = calib or published.source or (HUB_SOURCE if loaded.kind == "hub" else calibration.EMBEDDED)
-            length = windows.fit(seqlen, windows.max_positions(model), published.seqlen)
-            self.calibration = calibration.load(source, tokenizer, nsamples or published.nsamples, length, seed or 0)
+            count, length = (published.nsamples, published.seqlen) if published.source else calibration.usual_size(source)
+            length = windows.fit(seqlen, windows.max_positions(model), length)
+            self.calibration = calibration.load(source, tokenizer, nsamples or count, length, seed or 0)
             with Progress(f"{loaded.name} {method}") as line:
                 self.layers = walk.quantize_model(configured, model, self.calibration,
                                                   line.layers(model.config.num_hidden_layers), inputs=published.inputs)
@@ -255,7 +256,7 @@ def _configured(method: str | None, mode: str, options: Mapping[str, Any]) -> tu
     """The method, and the calibration that goes with the mode."""
     if mode not in MODES:
         raise unknown("mode", str(mode), MODES)
-    matched = methods.Native(nsamples=NSAMPLES, seqlen=SEQLEN, source="")
+    matched = methods.Native(source="")  # of the usual size, whatever the source
     if method is None:
         if mode == "native":
             raise PTQError("mode native without a method: name one (method=gptq)")
@@ -312,7 +313,7 @@ def _tokenizer(tokenizer: Any, loaded: models.Loaded) -> Any:
 def _batch_size(asked: int | str | None, model: nn.Module) -> int | str:
     """HFLM's batch size. On a GPU lm-eval tries for the largest; a processor gains nothing beyond AUTO_BATCH_TOKENS."""
     if asked is None or (str(asked).startswith("auto") and model.device.type == "cpu"):
-        return max(1, AUTO_BATCH_TOKENS // min(windows.max_positions(model) or SEQLEN, SEQLEN))
+        return max(1, AUTO_BATCH_TOKENS // min(windows.max_positions(model) or LONGEST, LONGEST))
     if not str(asked).startswith("auto") and not (str(asked).isdigit() and int(asked) > 0):
         raise PTQError(f"batch_size is {asked!r}: allowed are whole numbers from 1, auto, and auto:N")
     return asked

@@ -16,6 +16,11 @@ from suite.errors import PTQError, unknown
 EMBEDDED = "embedded"
 
 
+def usual_size(source: str) -> tuple[int, int]:
+    """(sequences, tokens of each) of the matched mode: 128 x 2,048 as in the papers, 64 x 512 of the embedded text."""
+    return (64, 512) if source == EMBEDDED else (128, 2048)
+
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """The tokens every method of a comparison sees.

@@ -175,7 +175,7 @@ CALIBRATION = (
     ),
     click.option("--nsamples", type=WHOLE, help="Calibration sequences.  [64 of the embedded text, else 128]"),
     click.option("--seqlen", type=click.IntRange(min=2),
-                 help="Tokens of each.  [512 of the embedded text, else what the model takes, up to 2048]"),
+                 help="Tokens of each.  [512 of the embedded text, else up to 2048]"),
     click.option(
         "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the calibration sequences."
     ),

@@ -442,9 +442,9 @@ def _bits(options: Mapping[str, Any]) -> str:
 def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsamples: int | None, seqlen: int | None,
               seed: int, fast: bool) -> Sampling:
     """The matched mode's calibration set: 64 x 512 embedded tokens, or 128 x 2048 of WikiText-2's training text."""
-    count, length = (64, 512) if embedded else (128, 2048)
-    return Sampling(source or (calib.EMBEDDED if embedded else "wikitext2"),
-                    nsamples or (FAST_SAMPLES if fast else count),
+    source = source or (calib.EMBEDDED if embedded else "wikitext2")
+    count, length = calib.usual_size(source)
+    return Sampling(source, nsamples or (FAST_SAMPLES if fast else count),
                     windows.fit(seqlen, config.get("max_position_embeddings"), length), seed)
 
 
