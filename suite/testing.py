@@ -267,7 +267,7 @@ def _edit_tensors(edit: LayerEdit) -> dict[str, Tensor]:
 # ---------------------------------------------------------------------------------------------- 2 coverage
 
 
-@_check("gqa", "biased", "bfloat16")
+@_check("biased", "bfloat16")
 def check_coverage(make_method: MakeMethod, toy: Toy) -> None:
     """Every linear of every site is declared; what changes keeps its shape and type and is finite."""
     model = toy.model()
@@ -427,7 +427,7 @@ def check_hybrid_of_one(make_method: MakeMethod, toy: Toy) -> None:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-@_check("gqa", "biased")
+@_check("biased")
 def check_no_trace(make_method: MakeMethod, toy: Toy) -> None:
     """Hooks, modes, flags, configuration and random numbers are as before."""
     model = toy.model().train()
@@ -543,7 +543,7 @@ def check_configuration(make_method: MakeMethod, toy: Toy) -> None:
 _NEAR = 4  # times the noise of bfloat16; round-to-nearest is at 2, and at 7 bits it would be at 4
 
 
-@_check("gqa", "biased")
+@_check("gqa")
 def check_error_falls_with_bits(make_method: MakeMethod, toy: Toy) -> None:
     """More bits, less error; at 8 bits about that of bfloat16. Activations are left alone where possible."""
     tokens = toy.tokens(seed=1)
@@ -619,7 +619,7 @@ def check_batches_and_order(make_method: MakeMethod, toy: Toy) -> None:
 # ---------------------------------------------------------------------------------------------- 10 hard inputs
 
 
-@_check("gqa", "biased")
+@_check("biased")
 def check_hard_inputs(make_method: MakeMethod, toy: Toy) -> None:
     """Dead or 100 times larger channels, fewer tokens than channels: finite, or an error that names layer and cause."""
     few = toy.calib(1, 16)
@@ -693,7 +693,7 @@ def _storage(grid: Any) -> tuple[int, int]:
 # ---------------------------------------------------------------------------------------------- 12 harness
 
 
-@_check("tied", "bfloat16")
+@_check("tied")
 def check_harness(make_method: MakeMethod, toy: Toy) -> None:
     """Wrapping the quantized model for lm-eval leaves its logits as they are."""
     from lm_eval.models.huggingface import HFLM
@@ -781,7 +781,7 @@ class Outcome:
 def maker(made: str | MakeMethod) -> MakeMethod:
     """What builds a method from options: a registered name (compositions too), or already such a function.
 
-    The checks are about form, not about quality: a method that learns, with an option `steps`, does QUICK_STEPS of them.
+    The checks are about form, not quality: a method that learns, with an option `steps`, does QUICK_STEPS of them.
     """
     if not isinstance(made, str):
         return made

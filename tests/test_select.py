@@ -80,8 +80,7 @@ def test_what_the_metrics_do_not_see(reference):
 # ---------------------------------------------------------------------------------------------- choosing
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("kind", ["llama", "qwen"])
+@pytest.mark.parametrize("metric, kind", [("cka", "llama"), ("mse", "qwen"), ("cosine", "llama"), ("sqnr", "qwen")])
 def test_the_closest_of_the_pool_is_chosen(metric, kind, make_toy):
     """Scores recomputed for each layer on the prefix that was written, from each candidate on its own."""
     model, data = make_toy(kind), calib_of()
@@ -205,25 +204,24 @@ def test_all_get_the_scheme_of_the_hybrid(make_toy):
     assert linear.act is None and linear.spec == made.scheme.weight
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_one_block_is_the_best_uniform_method(metric, make_toy):
+def test_one_block_is_the_best_uniform_method(make_toy):
     """With all layers in one unit the choice is by the outputs of the last, and the model is that method's."""
     data, pool = calib_of(), ("rtn", "gptq", "smoothquant")
-    original, uniform = make_toy("llama", layers=3), {}
-    *_, last = walk.walk(original, data)
-    for name in pool:
-        uniform[name] = make_toy("llama", layers=3)
-        for view in walk.walk(uniform[name], data):
+    *_, last = walk.walk(make_toy("llama", layers=3), data)
+    uniform, scores = {name: make_toy("llama", layers=3) for name in pool}, {}
+    for name, model in uniform.items():
+        for view in walk.walk(model, data):
             edit = build(name).quantize(view)
             found = view.after(edit).outputs()
-            walk.commit(uniform[name], view, edit)
-        uniform[name] = (distances(last.outputs())(found)[metric], uniform[name])
-    model = make_toy("llama", layers=3)
-    records = walk.quantize_model(build("cka-hybrid", pool=pool, metric=metric, block=3), model, data)
-    best = min(pool, key=lambda name: uniform[name][0])
-    assert {r["chosen"] for r in records} == {best} and states_equal(model, uniform[best][1])
-    for name in pool:
-        assert records[0]["candidates"][name][metric] == pytest.approx(uniform[name][0], rel=1e-4)
+            walk.commit(model, view, edit)
+        scores[name] = distances(last.outputs())(found)
+    for metric in METRICS:
+        model = make_toy("llama", layers=3)
+        records = walk.quantize_model(build("cka-hybrid", pool=pool, metric=metric, block=3), model, data)
+        best = min(pool, key=lambda name: scores[name][metric])
+        assert {r["chosen"] for r in records} == {best} and states_equal(model, uniform[best])
+        for name in pool:
+            assert records[0]["candidates"][name] == pytest.approx(scores[name], rel=1e-4)
 
 
 def test_records_of_a_block(make_toy):
