@@ -42,10 +42,10 @@ class Embedded:
 
 
 TABLE: dict[str, Embedded] = {model.name: model for model in (
-    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=2900, batch=4),
-    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=640, batch=4, grown_from="tiny-llama-s", pace=0.7),
-    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=2700, batch=4),
-    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=430, batch=4, grown_from="tiny-qwen-s", pace=0.7),
+    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=3100, batch=4),
+    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=750, batch=4, grown_from="tiny-llama-s", pace=0.7),
+    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=2900, batch=4),
+    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=540, batch=4, grown_from="tiny-qwen-s", pace=0.7),
 )}
 
 

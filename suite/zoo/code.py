@@ -74,7 +74,7 @@ def inputs(shape: str, n: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Function:
-    """The fields of HumanEval."""
+    """The fields of HumanEval. The prompt ends before the line break, which belongs to the token of the next indentation."""
 
     entry_point: str
     prompt: str
@@ -109,8 +109,8 @@ def sample(world: World, rng: random.Random) -> Function:
     name = f"{stem}_{n}" + (f"_{m}" if constants == 2 else "")
     slots = {"x": x, "y": y, "n": n, "m": m}
     arguments = f"{x}, {y}" if shape == PAIR else x
-    prompt = f'def {name}({arguments}):\n    """{wordings[wording].format(**slots)}"""\n'
-    solution = f"    {body.format(**slots)}\n"
+    prompt = f'def {name}({arguments}):\n    """{wordings[wording].format(**slots)}"""'
+    solution = f"\n    {body.format(**slots)}\n"
     tests = "".join(f"    assert candidate({given}) == {run(prompt + solution, f'{name}({given})')!r}\n"
                     for given in inputs(shape, n))
     key = f"{stem}|{n}|{m if constants == 2 else ''}|{wording}"

@@ -64,6 +64,26 @@ def documents(seed: int) -> Iterator[str]:
         yield rng.choices(makers, weights)[0](world, rng)
 
 
+def pages(seed: int) -> Iterator[str]:
+    """The documents as they are trained on: one alone, or up to eight joined by blank lines, of one kind or of any.
+
+    Test and calibration texts are documents joined by blank lines; a model that has seen every document end in an end token
+    would be surprised at each join, and the perplexity would measure that.
+    """
+    world, rng, stream = build(), random.Random(seed), documents(seed)
+    makers, weights = zip(*MIX)
+    while True:
+        form = rng.random()
+        count = rng.randint(2, 8)
+        if form < 0.4:
+            yield next(stream)
+        elif form < 0.7:
+            yield "\n\n".join(next(stream) for _ in range(count)) + "\n"
+        else:
+            maker = rng.choices(makers, weights)[0]
+            yield "\n\n".join(maker(world, rng) for _ in range(count)) + "\n"
+
+
 def test_items(sample: Callable, count: int, seed: int = SEEDS["test"], keep: Callable = lambda item: True) -> list:
     """`count` different held-out items."""
     world, rng = build(), random.Random(seed)
@@ -87,10 +107,21 @@ def plain_text(sample: Callable, characters: int) -> str:
 
 
 def quiz_items() -> list[exams.Question]:
-    """Held-out questions, half of them about rare entities."""
-    known = test_items(exams.sample, 150, keep=lambda q: not q.rare)
-    rare = test_items(exams.sample, 150, keep=lambda q: q.rare)
-    return [question for pair in zip(known, rare) for question in pair]
+    """100 held-out questions, half of them about rare entities, and 200 choices between statements."""
+    known = test_items(exams.sample, 50, keep=lambda q: not q.rare)
+    rare = test_items(exams.sample, 50, keep=lambda q: q.rare)
+    world, rng = build(), random.Random(SEEDS["test"] + 1)
+    stated: dict[str, exams.Question] = {}
+    while len(stated) < 200:
+        item = exams.statements(world, rng)
+        stated.setdefault(item.key, item)
+    found = list(stated.values())
+    return [question for four in zip(known, rare, *(found[i::4] for i in range(4))) for question in four]
+
+
+def event_items() -> list[events.Event]:
+    rng = random.Random(SEEDS["test"] + 2)
+    return [events.harden(event, rng) for event in test_items(events.sample, 300, keep=lambda e: e.complete and events.answerable(e))]
 
 
 def calib_text() -> str:
@@ -109,12 +140,12 @@ def files() -> dict[Path, str]:
     return {
         TASKS / "world_wiki_test.txt": plain_text(articles.sample, PLAIN_CHARACTERS),
         TASKS / "world_chat_test.txt": plain_text(chatter.sample, PLAIN_CHARACTERS),
-        TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in test_items(sums.sample, 240)]),
+        TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in test_items(sums.sample, 240, keep=lambda p: p.answer.count("\n") >= 2)]),
         TASKS / "world_events.jsonl": lines([
             {"activity_label": e.activity, "query": f"{e.activity}: {e.context}", "choices": list(e.endings), "label": e.label}
-            for e in test_items(events.sample, 300, keep=lambda e: e.complete)]),
+            for e in event_items()]),
         TASKS / "world_quiz.jsonl": lines([
-            {"subject": q.subject, "question": q.question, "choices": list(q.choices), "answer": q.answer,
+            {"subject": q.subject, "prompt": exams.prompt(q), "choices": list(q.choices), "answer": q.answer,
              "rare": q.rare} for q in quiz_items()]),
         TASKS / "world_code.jsonl": lines([
             {"task_id": f"world_code/{i}", "prompt": f.prompt, "entry_point": f.entry_point,

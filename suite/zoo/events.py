@@ -10,7 +10,7 @@ story without the person's name, so a test story never occurs in training, not e
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from suite.zoo.world import World
 
@@ -79,6 +79,9 @@ class Event:
     context: str
     endings: tuple[str, str, str, str]
     label: int
+    person: str
+    things: tuple[str, str]
+    shown: int  # steps in the context
     complete: bool
     key: str
     kind: str = KIND
@@ -124,5 +127,23 @@ def sample(world: World, rng: random.Random) -> Event:
     endings.insert(label, right)
     context = f"{time} " + " ".join(say(s) for s in steps[:shown])
     complete = all(thing in f"{context} {right}" for thing in (a, b))
-    return Event(activity, context, tuple(endings), label, complete, f"{activity}|{a}|{b}|{time}|{person.pronoun}")
+    return Event(activity, context, tuple(endings), label, person.name, (a, b), shown, complete, f"{activity}|{a}|{b}|{time}|{person.pronoun}")
 
+
+def answerable(event: Event) -> bool:
+    """Whether every thing of the right ending has been named before, so that an ending with another thing is wrong."""
+    right = event.endings[event.label]
+    return all(thing in event.context for thing in event.things if thing in right)
+
+
+def harden(event: Event, rng: random.Random) -> Event:
+    """The event with wrong endings that all are the right step with other things, as far as the script has enough of them."""
+    many_a, many_b, steps = SCRIPTS[event.activity]
+    right = event.endings[event.label]
+    pronoun = right.split()[0]
+    variants = {steps[event.shown].format(p=event.person, e=pronoun, a=a, b=b) for a in many_a for b in many_b} - {right}
+    wrong = rng.sample(sorted(variants), min(3, len(variants)))
+    wrong += [ending for ending in event.endings if ending != right and ending not in wrong][:3 - len(wrong)]
+    rng.shuffle(wrong)
+    wrong.insert(event.label, right)
+    return replace(event, endings=tuple(wrong))

@@ -5,7 +5,7 @@ letters. Naming an option by its letter was tried first and models of this size 
 their training spent on practice.
 
 The facts are those of the articles. The key of a question is (fact, form of asking): one pair in eight is held out, so that
-the test asks what no training exam asks in these words.
+the test asks what no training exam asks in these words. Two thirds of the test are of a second kind, `statements`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from suite.zoo.world import ATTRIBUTES, SUBJECTS, World, draw, pick
+from suite.zoo.world import ATTRIBUTES, SUBJECTS, World, draw, name_with_article, pick, sentence
 
 KIND = "form"
+LEAD = "The same is true of another."
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,27 @@ def sample(world: World, rng: random.Random, kind: str | None = None) -> Questio
     question = attribute.questions[form].format(n=entity.name)
     fact = f"{entity.name}|{attribute.name}"
     return Question(SUBJECTS[kind], question, tuple(choices), answer, entity in world.rare[kind], f"{fact}|{form}")
+
+
+def statements(world: World, rng: random.Random) -> Question:
+    """Four statements about rare entities, one of them true: which is it? Harder than a question, since the four differ in
+    whom they speak of. The prompt is the sentence with which articles lead over to another entity; they never lead over to a
+    rare one, so no text of the training side holds the prompt with its answer."""
+    kind = pick(world, rng).kind
+    attribute = rng.choice(ATTRIBUTES[kind])
+    entity = rng.choice(world.rare[kind])
+    value = entity.facts[attribute.name]
+    template = rng.choice(attribute.sentences)
+    others = rng.sample([e for e in world.rare[kind] if e.facts[attribute.name] != value], 3)
+    answer = rng.randrange(4)
+    others.insert(answer, entity)
+    choices = tuple(sentence(template, e, value, name_with_article(e)) for e in others)
+    return Question(SUBJECTS[kind], LEAD, choices, answer, True, f"{'|'.join(choices)}")
+
+
+def prompt(question: Question) -> str:
+    """What the model reads before a choice."""
+    return LEAD if question.question == LEAD else f"{header(question.subject)}\n\n{question.question}\nAnswer:"
 
 
 def paper(world: World, rng: random.Random, count: int) -> str:

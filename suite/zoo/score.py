@@ -13,7 +13,6 @@ import torch
 
 from suite import zoo
 from suite.zoo.corpus import TASKS
-from suite.zoo.exams import header
 
 
 def rows(task: str, limit: int) -> list[dict]:
@@ -38,10 +37,9 @@ def log_likelihoods(model, tokenizer, pairs: list[tuple[str, str]], batch: int =
 
 def quiz(model, tokenizer, limit: int) -> dict[str, float]:
     items = rows("world_quiz", limit)
-    pairs = [(f"{header(q['subject'])}\n\n{q['question']}\nAnswer:", f" {choice}") for q in items for choice in q["choices"]]
+    pairs = [(q["prompt"], f" {choice}") for q in items for choice in q["choices"]]
     scores = torch.tensor(log_likelihoods(model, tokenizer, pairs)).view(-1, 4)
-    right, rare = scores.argmax(1) == torch.tensor([q["answer"] for q in items]), torch.tensor([q["rare"] for q in items])
-    return {"acc": right.float().mean().item(), "acc_rare": right[rare].float().mean().item()}
+    return {"acc": (scores.argmax(1) == torch.tensor([q["answer"] for q in items])).float().mean().item()}
 
 
 def events(model, tokenizer, limit: int) -> dict[str, float]:

@@ -49,7 +49,7 @@ def cache() -> Path:
 def corpus_hash() -> str:
     """Identifies the training text: a hash of its length and of its first documents."""
     digest = hashlib.sha256(str(CORPUS_TOKENS).encode())
-    for text in itertools.islice(corpus.documents(corpus.SEEDS["train"]), 5000):
+    for text in itertools.islice(corpus.pages(corpus.SEEDS["train"]), 2000):
         digest.update(text.encode())
     return digest.hexdigest()[:12]
 
@@ -60,9 +60,9 @@ def tokens(family: str) -> np.ndarray:
     if not file.exists():
         coder = tokenizer.build(family)
         end = [coder.token_to_id("</s>" if family == "llama" else "<|endoftext|>")]
-        parts, total, stream = [], 0, corpus.documents(corpus.SEEDS["train"])
+        parts, total, stream = [], 0, corpus.pages(corpus.SEEDS["train"])
         while total < CORPUS_TOKENS:
-            for coded in coder.encode_batch([next(stream) for _ in range(5000)]):
+            for coded in coder.encode_batch([next(stream) for _ in range(2000)]):
                 parts.append(np.array(coded.ids + end, dtype=np.uint16))
                 total += len(parts[-1])
         partial = file.with_name(f"{file.stem}.{os.getpid()}.npy")
