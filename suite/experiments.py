@@ -42,6 +42,11 @@ FAST_METHODS = tuple(name for name in METHODS if name != "spinquant")  # learnin
 EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
 PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
 INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
+# What an embedded model takes, in matched mode, in place of a default that was published for large ones. SpinQuant: in
+# networks of width 128 and 256 gradients are so small that the published rate hardly turns a rotation; on calibration
+# tokens of tiny-llama-s at 4-bit activations a rate of 1.5 made up for a tenth of the loss, 10 a quarter, 30 a half,
+# 100 less again; more than one sequence a step cost time and gained nothing.
+EMBEDDED_OPTIONS: dict[str, dict[str, Any]] = {"spinquant": {"batch": 1, "learning_rate": 30.0}}
 ROTATIONS = ("none", "hadamard", "random-hadamard", "learned")  # cheapest first
 FAST_LIMIT, FAST_SAMPLES = 64, 16  # documents or windows of each task, calibration sequences
 SMALL_WIDTH = 1024  # below, one thread: two spend their time waiting for each other
@@ -158,7 +163,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
         raise PTQError(f"model {model!r} is quantized already: give the full-precision model it was made from")
     embedded = source.kind == "embedded"
     limit = FAST_LIMIT if fast and limit is None else limit
-    built = _build(methods or (FAST_METHODS if fast else METHODS), options or {}, mode)
+    own = EMBEDDED_OPTIONS if embedded and mode == "matched" else {}
+    built = _build(methods or (FAST_METHODS if fast else METHODS), options or {}, mode, own)
     if source.folder is None:
         hub.require(f"model {source.repository!r}", INSTEAD)
     tests = Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
@@ -225,8 +231,11 @@ def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[in
     """The runs behind the table "does learning the rotation help": SpinQuant's rotations at each scheme and seed.
 
     A seed is that of the calibration sequences and of the rotations. learning: options of SpinQuant for "learned"
-    (steps, batch, learning_rate). arguments: as `reproduce` takes them. `suite.report.rotations.write` makes the table.
+    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. arguments: as `reproduce`
+    takes them. `suite.report.rotations.write` makes the table.
     """
+    if learning is None and models.resolve(model).kind == "embedded":
+        learning = EMBEDDED_OPTIONS["spinquant"]
     outcomes = []
     for bits in abits:
         for seed in seeds:
@@ -388,9 +397,12 @@ class _threads:
 # ---------------------------------------------------------------------------------------------- variants
 
 
-def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str
+def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str, own: Mapping[str, Mapping[str, Any]]
            ) -> list[tuple[str, Any, method.Native | None]]:
-    """(label, configured method, its published setting or None) of each; all mistakes are reported at once."""
+    """(label, configured method, its published setting or None) of each; all mistakes are reported at once.
+
+    own: options by name of method, for methods that are given by name.
+    """
     if mode not in ("matched", "native"):
         raise unknown("mode", mode, ("matched", "native"))
     built, mistakes = [], []
@@ -400,7 +412,8 @@ def _build(methods: Sequence[Any], options: Mapping[str, Any], mode: str
             published = method.native(name) if mode == "native" else None
             base = dict(published.options) if published else {}
             scheme = {} if method.lookup(name.split("+")[0])().scheme.weight.quantized is False else options
-            configured = method.build(name, **{**base, **scheme}) if isinstance(wanted, str) else wanted
+            further = own.get(name, {}) if isinstance(wanted, str) else {}
+            configured = method.build(name, **{**base, **further, **scheme}) if isinstance(wanted, str) else wanted
             built.append((label(configured, base), configured, published))
         except PTQError as error:
             mistakes.append(str(error))
