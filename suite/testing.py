@@ -217,8 +217,16 @@ def _quantized(make_method: MakeMethod, toy: Toy, **options: Any) -> tuple[nn.Mo
 
 @_check("biased", "bfloat16")
 def check_purity(make_method: MakeMethod, toy: Toy) -> None:
-    """`quantize` changes nothing that it was given, and gives the same edit when called again."""
+    """`quantize` changes nothing that it was given, and gives the same edit when called again.
+
+    Some channels are dead, since what methods repair in place is often those.
+    """
     model, data = toy.model(), toy.calib()
+    with torch.no_grad():
+        for layer in arch.layers(model):
+            for site in arch.sites(model):
+                if site.feeder:
+                    layer.get_submodule(site.feeder).weight[5] = 0
     for view, rule in _layers(make_method(), model, data):
         before = _given(model, view, data)
         first = rule.quantize(view)
@@ -785,8 +793,10 @@ def maker(made: str | MakeMethod) -> MakeMethod:
     """
     if not isinstance(made, str):
         return made
-    quick = {"steps": QUICK_STEPS} if "steps" in method.options_of(made) else {}
-    return functools.partial(method.build, made, **quick)
+    with contextlib.suppress(PTQError):  # what cannot be built says so when it is built
+        if "steps" in method.options_of(made):
+            return functools.partial(method.build, made, steps=QUICK_STEPS)
+    return functools.partial(method.build, made)
 
 
 def expected_failures(make_method: MakeMethod) -> dict[str, str]:

@@ -425,17 +425,26 @@ def test_planted_outliers_are_handled_better_than_by_rounding(kind, name, make_t
     assert errors[name] < errors["rtn"]
 
 
-def test_grams_after_the_folds_are_those_measured(make_toy):
-    """AWQ rescales the Gram matrices that it has in place of another pass."""
-    view = view_of(make_toy("qwen"))
-    method = build("awq")
-    edit, scales = method._fold_all(view)
-    scaled = view.after(edit)
+def test_ranges_are_searched_on_the_inputs_after_the_folds(make_toy):
+    """AWQ rescales the Gram matrices that it has in place of another pass; here they are measured."""
+    view, made = view_of(outliers(make_toy)), build("awq", wbits=3)
+    folds, scales = made._fold_all(view)
+    folded, spec = view.after(folds), made.scheme.weight
+    found = made._ranges(view, folded, scales)
     for site in view.sites:
-        inverse = 1 / scales[site.name]
-        expected = view.stat("gram", site) * inverse[:, None] * inverse
-        found = scaled.stat("gram", site)
-        assert torch.allclose(found, expected, rtol=1e-3, atol=1e-5 * float(expected.abs().max()))
+        blocks = gram_blocks(folded.stat("gram", site), spec)
+        for name in set(site.linears) & set(found):
+            assert (found[name] == search_shrink(folded.weight(name), spec, blocks)).float().mean() > 0.97
+    unscaled = gram_blocks(view.stat("gram", site_of(view, "qkv")), spec)
+    other = search_shrink(folded.weight("self_attn.v_proj"), spec, unscaled)
+    assert (found["self_attn.v_proj"] == other).float().mean() < 0.9  # it matters
+
+
+def test_ratio_0_is_the_first_and_is_rounding(make_toy):
+    view = view_of(outliers(make_toy))
+    edit, nearest = build("awq", ratios=1, clip=False).quantize(view), build("rtn").quantize(view)
+    assert set(edit.note["ratios"].values()) == {0.0}
+    assert all(torch.equal(edit.params[key], nearest.params[key]) for key in nearest.params)
 
 
 def test_awq_clips_all_but_queries_and_keys(make_toy):
