@@ -231,8 +231,8 @@ def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[in
     """The runs behind the table "does learning the rotation help": SpinQuant's rotations at each scheme and seed.
 
     A seed is that of the calibration sequences and of the rotations. learning: options of SpinQuant for "learned"
-    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. arguments: as `reproduce`
-    takes them. `suite.report.rotations.write` makes the table.
+    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. arguments: as
+    `reproduce` takes them. `suite.report.rotations.write` makes the table.
     """
     if learning is None and models.resolve(model).kind == "embedded":
         learning = EMBEDDED_OPTIONS["spinquant"]
