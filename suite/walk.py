@@ -220,16 +220,19 @@ class LayerView:
 
 
 class BlockView:
-    """k consecutive layers seen as one: the same contract, with the position in the block before every name ("0.mlp...")."""
+    """k consecutive layers seen as one: the same contract, with the position in the block before every name ("0.mlp...").
 
-    def __init__(self, layers: Sequence[LayerView]):
+    full: each layer's rule sees what the unquantized model feeds that layer, also inside the block.
+    """
+
+    def __init__(self, layers: Sequence[LayerView], full: bool = False):
         chained = [layers[0]]
         for layer in layers[1:]:
-            chained.append(layer.fed_by(chained[-1].outputs))
-        self._set(chained)
+            chained.append(layer if full else layer.fed_by(chained[-1].outputs))
+        self._set(chained, full)
 
-    def _set(self, layers: Sequence[LayerView]) -> None:
-        self.layers, self.index, self.layers_spanned = list(layers), layers[0].index, len(layers)
+    def _set(self, layers: Sequence[LayerView], full: bool = False) -> None:
+        self.layers, self.index, self.layers_spanned, self._full = list(layers), layers[0].index, len(layers), full
         self._children: dict[tuple[int, int], tuple[LayerEdit, BlockView]] = {}
         self.sites = tuple(Site(f"{j}.{s.name}", tuple(f"{j}.{n}" for n in s.linears),
                                 f"{j}.{s.feeder}" if s.feeder else None, f"{j}.{s.scope}")
@@ -288,12 +291,12 @@ class BlockView:
         self._children.pop(_key(edit), None)
 
     def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
-        """The edit of one rule per layer, each layer fed by the quantized ones before it."""
+        """The edit of one rule per layer; its outputs are those of each layer fed by the quantized ones before it."""
         edits, layers, feed = [], [], self.layers[0].inputs
         for layer, rule in zip(self.layers, rules, strict=True):
-            layer = layer.fed_by(feed)
-            edits.append(rule.quantize(layer))
-            layers.append(layer.after(edits[-1]))
+            fed = layer.fed_by(feed)
+            edits.append(rule.quantize(layer if self._full else fed))
+            layers.append(fed.after(edits[-1]))
             feed = layers[-1].outputs
         whole = LayerEdit({f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.params.items()},
                           {f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.linears.items()},
@@ -383,7 +386,7 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
             feed = full_feed if inputs == "full" else quantized_feed
             views.append(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, feed, output))
             full_feed = output
-        view = views[0] if block == 1 else BlockView(views)
+        view = views[0] if block == 1 else BlockView(views, inputs == "full")
         if kept:
             view.reference  # now, while the layers are unquantized
         yield view

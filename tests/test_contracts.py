@@ -161,6 +161,28 @@ class NoZeroPoints(Sound):
         return edit | LayerEdit(linears={k: LinearQuant(g, self.scheme.act) for k, g in grid.items()})
 
 
+class OneScaleTooFew(Sound):
+    """Declares groups and gives one scale per row."""
+
+    def quantize(self, layer):
+        edit = round_to_nearest(layer, Scheme(QuantSpec(self.scheme.weight.bits, group_size=None), self.scheme.act))
+        spec, name = self.scheme.weight, "mlp.down_proj"
+        grid = dataclasses.replace(edit.linears[name].grid, spec=spec)
+        return super().quantize(layer) | LayerEdit(
+            {f"{name}.weight": edit.params[f"{name}.weight"]}, {name: LinearQuant(grid, self.scheme.act)}
+        )
+
+
+class NegativeScales(Sound):
+    def quantize(self, layer):
+        edit = super().quantize(layer)
+        return edit | LayerEdit(
+            linears={
+                k: LinearQuant(dataclasses.replace(v.grid, scale=-v.grid.scale), v.act) for k, v in edit.linears.items()
+            }
+        )
+
+
 class PlanScalesANorm(Sound):
     def plan(self, model, calib):
         with torch.no_grad():
@@ -410,7 +432,15 @@ BROKEN = {
         ChangesAStranger,
         NotesATensor,
     ],
-    "grid": [NeverRounds, FoldsAfterRounding, SharesOneScaleTooMany, MoreLevels, NoZeroPoints],
+    "grid": [
+        NeverRounds,
+        FoldsAfterRounding,
+        SharesOneScaleTooMany,
+        MoreLevels,
+        NoZeroPoints,
+        OneScaleTooFew,
+        NegativeScales,
+    ],
     "plan_preserves_function": [PlanScalesANorm, PlanForgetsABias, OneRuleTooFew],
     "hybrid_of_one": [RoundsLater, KnowsItsCaller],
     "no_trace": [

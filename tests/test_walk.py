@@ -592,16 +592,18 @@ def test_embeddings_norms_and_head_stay(make_toy):
 # ---------------------------------------------------------------------------------------------- blocks
 
 
-@pytest.mark.parametrize("block, layers", [(2, 4), (2, 3), (3, 3), (4, 3)])
-@pytest.mark.parametrize("name", ["rtn", "gptq", "awq", "smoothquant+gptq"])
+@pytest.mark.parametrize("block, layers", [(2, 3), (4, 3)])
+@pytest.mark.parametrize("name", ["rtn", "gptq", "awq"])
 def test_a_block_of_one_candidate_equals_the_candidate(block, layers, name, make_toy):
-    models, data = [make_toy("llama", layers=layers) for _ in range(2)], calib_of()
-    records = walk.quantize_model(build("cka-hybrid", pool=name, block=block), models[0], data)
-    walk.quantize_model(build(name), models[1], data)
-    states = [m.state_dict() for m in models]
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
-    assert [r["layer"] for r in records] == list(range(layers))
+    data = calib_of()
+    for policy in ("quantized", "full"):
+        models = [make_toy("llama", layers=layers) for _ in range(2)]
+        records = walk.quantize_model(build("cka-hybrid", pool=name, block=block), models[0], data, inputs=policy)
+        walk.quantize_model(build(name), models[1], data, inputs=policy)
+        states = [m.state_dict() for m in models]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[1])
+        assert [r["layer"] for r in records] == list(range(layers))
 
 
 def test_a_block_runs_its_layers_once_per_candidate(make_toy):
