@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 import weakref
 from dataclasses import dataclass
 
@@ -664,6 +665,30 @@ def test_records(make_toy):
         x, y = original[k].reshape(-1, 128).double(), written[k].reshape(-1, 128).double()
         assert record["errors"]["mse"] == pytest.approx(float((y - x).square().sum() / x.square().sum()), rel=1e-4)
         assert record["errors"]["cka"] == pytest.approx(1 - linear_cka(x, y), rel=1e-3)
+
+
+def test_the_first_layer_bears_the_time_of_the_plan(make_toy):
+    class Ponders(Uniform):
+        scheme = Scheme()
+
+        def plan(self, model, data):
+            time.sleep(0.5)
+            return [build("rtn")] * 2
+
+    records = walk.quantize_model(Ponders(), make_toy("llama"), None)
+    assert records[0]["seconds"] >= 0.5 > records[1]["seconds"]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if build(name).scheme.weight.quantized])
+@pytest.mark.parametrize("abits", [8, 16])
+def test_weights_of_16_bits(name, abits, make_toy):
+    """No weight is rounded; what is left are folds and the rounding of activations."""
+    model = make_toy("qwen")
+    before = layer_outputs(model, tokens_of())[-1]
+    records = walk.quantize_model(build(name, wbits=16, abits=abits), model, calib_of())
+    assert [r["bits"] for r in records] == [16, 16]
+    found = layer_outputs(model, tokens_of())[-1]
+    assert (found - before).norm() / before.norm() < (1e-5 if abits == 16 else 0.1)
 
 
 def test_progress_names_the_choice(make_toy):
