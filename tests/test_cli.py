@@ -26,6 +26,7 @@ COMMANDS = [
     ["lm-eval"],
     ["reproduce"],
     ["report"],
+    ["rotations"],
     ["ls"],
     ["zoo"],
     ["zoo", "train"],
