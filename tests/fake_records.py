@@ -9,7 +9,7 @@ from suite.store import Record, Setting, Store, significant
 CALIBRATION = {"source": "embedded", "digest": "ca11" * 16, "nsamples": 64, "seqlen": 512, "seed": 0}
 LIBRARIES = {"torch": "2.13.0", "transformers": "5.23.0"}
 TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
-METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "cka-hybrid")
+METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "mp-gptq", "cka-hybrid")
 POOL = ("gptq", "awq", "smoothquant")
 
 
@@ -50,6 +50,8 @@ def quantization(method: str, layers: int = 8, seed: int = 0, **changes) -> Reco
             scores = {name: {"cka": float(1e-4 * (i + 1) * random.uniform(0.7, 2)), "mse": 1e-3} for name in POOL}
             first, second, *_ = sorted(scores, key=lambda name: scores[name]["cka"])
             row |= {"chosen": first, "candidates": scores, "margin": scores[second]["cka"] - scores[first]["cka"]}
+        if method == "mp-gptq":
+            row["wbits"] = (16, 4, 2, 4)[i % 4]
         rows.append(row)
     result = {"label": method, "layers": rows, "bits": rows[0]["bits"], "seconds": 0.25 * layers,
               "peak_memory_mib": 512.0}
@@ -82,7 +84,7 @@ def evaluation(method: str, task: str, damage: float = 0.0, n: int = 200, limit:
 
 
 DAMAGE = {"fp16": 0.0, "rtn": 0.12, "gptq": 0.06, "awq": 0.08, "smoothquant": 0.09, "smoothquant+gptq": 0.05,
-          "cka-hybrid": 0.03}
+          "mp-gptq": 0.07, "cka-hybrid": 0.03}
 
 
 def fill(store: Store, methods=METHODS, tasks=TASKS, severity: float = 1.0, **changes) -> None:

@@ -37,7 +37,7 @@ def cell(comparison, label, column):
 
 
 def test_rows_and_columns_stand_in_order(comparison):
-    assert [row.label for row in comparison.rows] == list(fake.METHODS)
+    assert [row.label for row in comparison.rows] == list(fake.METHODS)  # compositions behind their transform
     assert comparison.tasks == list(fake.TASKS)
 
 
@@ -229,13 +229,15 @@ def test_the_hybrids_choices_are_drawn_as_recorded(comparison):
     colours = [patch.get_facecolor() for patch in strip.patches]
     expected = [plots.matplotlib.colors.to_rgba(plots.style(layer["chosen"])[0]) for layer in row.layers]
     assert colours == expected
-    heights = [bar.get_height() for bar in figure.axes[1].patches]
+    heights = [bar.get_height() for bar in figure.axes[-1].patches]
     assert heights == pytest.approx([layer["margin"] for layer in row.layers])
+    allocation = [text.get_text() for text in figure.axes[1].texts]
+    assert allocation == [str(layer["wbits"]) for layer in comparison.row("mp-gptq").layers]
 
 
 def test_styles_differ_without_colour():
     """Among the methods of the main table, each marker, line and hatch is used once."""
-    styles = [plots.style(method) for method in (*fake.METHODS, "spinquant", "mp-gptq")]
+    styles = [plots.style(method) for method in (*fake.METHODS, "spinquant")]
     for part in (1, 3):
         assert len({style[part] for style in styles}) >= len(styles) - 1  # full precision has none, gptq a plain fill
     assert len({str(style[2]) for style in styles}) >= len(styles) - 1

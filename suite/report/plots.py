@@ -78,20 +78,26 @@ def _name(comparison: Comparison) -> str:
 
 
 def choices(comparison: Comparison, row: Row) -> Figure:
-    """The choice strip: which method each layer chose, and by what margin of CKA over the runner-up."""
+    """The choice strip: which method each layer chose, and by what margin of CKA over the runner-up.
+
+    Where a variant gave its layers bits of their own (MP-GPTQ), these stand in a second strip.
+    """
     chosen = [layer.get("chosen", "") for layer in row.layers]
     margins = [layer.get("margin") for layer in row.layers]
     metric = _metric(row)
-    figure, (strip, bars) = _figure(max(5.0, 0.42 * len(chosen) + 1.6), 3.4, 2, 1, sharex=True,
-                                    gridspec_kw={"height_ratios": [1, 1.6]})
+    mixed = next((other for other in comparison.rows if len(_bits(other)) == len(chosen)), None)
+    heights = [1.0, 0.45, 1.6] if mixed else [1.0, 1.6]
+    figure, axes = _figure(max(5.0, 0.42 * len(chosen) + 1.6), 2.1 + 0.5 * sum(heights), len(heights), 1, sharex=True,
+                           gridspec_kw={"height_ratios": heights})
+    strip, bars = axes[0], axes[-1]
+    if mixed:
+        _allocation(axes[1], mixed)
     with matplotlib.rc_context(_RC):
         for i, name in enumerate(chosen):
             colour, _, _, hatch = style(name)
             strip.add_patch(Rectangle((i - 0.5, 0), 1, 1, facecolor=colour, edgecolor="black", hatch=hatch,
                                       linewidth=0.8))
-        strip.set(ylim=(0, 1), xlim=(-0.5, len(chosen) - 0.5), yticks=[])
-        strip.spines[["left", "bottom"]].set_visible(False)
-        strip.tick_params(bottom=False)
+        _bare(strip, len(chosen))
         strip.set_title(f"{_name(comparison)}\nmethod chosen by {row.label} in each layer")
         names = sorted(set(chosen), key=lambda n: list(_STYLES).index(n) if n in _STYLES else len(_STYLES))
         figure.legend(handles=[Patch(facecolor=style(n)[0], hatch=style(n)[3], edgecolor="black",
@@ -107,6 +113,28 @@ def choices(comparison: Comparison, row: Row) -> Figure:
         bars.set(xlabel="decoder layer", ylabel=f"margin to the\nrunner-up, {metric}")
         _layer_ticks(bars, len(chosen))
     return figure
+
+
+def _bare(axes, count: int) -> None:
+    axes.set(ylim=(0, 1), xlim=(-0.5, count - 0.5), yticks=[])
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(bottom=False)
+
+
+def _bits(row: Row) -> list[int]:
+    """The bits of each layer of a variant that chose them, else nothing."""
+    return [layer["wbits"] for layer in row.layers if "wbits" in layer]
+
+
+def _allocation(axes, row: Row) -> None:
+    """A strip of the bits that each layer got; the fewer, the darker."""
+    with matplotlib.rc_context(_RC):
+        for i, bits in enumerate(_bits(row)):
+            shade = min(1.0, 0.35 + 0.65 * math.log2(bits) / 4)
+            axes.add_patch(Rectangle((i - 0.5, 0), 1, 1, facecolor=str(shade), edgecolor="black", linewidth=0.8))
+            axes.text(i, 0.5, str(bits), ha="center", va="center", fontsize=8)
+        _bare(axes, len(row.layers))
+        axes.set_title(f"bits of each layer by {row.label}", fontsize=8, pad=3)
 
 
 def _metric(row: Row) -> str:
