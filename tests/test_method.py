@@ -147,17 +147,13 @@ def test_configuration_holds_every_field():
 @pytest.mark.parametrize("name", method.names())
 def test_changed_fields_change_the_configuration(name):
     made = build(name)
+    others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, tuple: lambda v: v[:1]}
     for field in dataclasses.fields(made):
         value = getattr(made, field.name)
-        other = {
-            bool: lambda v: not v,
-            int: lambda v: v + 1,
-            float: lambda v: v * 0.9,
-            tuple: lambda v: v[:1],
-            str: lambda v: "mse",
-        }.get(type(value))
-        if other:
-            assert to_config(dataclasses.replace(made, **{field.name: other(value)})) != to_config(made)
+        if type(value) in others:
+            changed = dataclasses.replace(made, **{field.name: others[type(value)](value)})
+            assert changed != made and to_config(changed) != to_config(made)
+            assert from_config(json.loads(json.dumps(to_config(changed)))) == changed
 
 
 # ---------------------------------------------------------------------------------------------- compositions
