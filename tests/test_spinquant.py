@@ -235,11 +235,11 @@ def test_learning_lowers_the_loss_and_is_orthogonal_at_every_step(monkeypatch):
     model, start = prepared()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     learned, note = rotate.learn(
-        model, start, tokens_of(16, 40), rotate.Schedule(steps=20, batch=8), QuantSpec(4, True, None)
+        model, start, tokens_of(16, 40), rotate.Schedule(steps=60, batch=16), QuantSpec(4, True, None)
     )
     assert note["loss after"] < note["loss before"] - 0.01
-    assert len(errors) == 40 and max(errors) < rotate.TOLERANCE and note["orthogonality"] == max(errors)
-    assert len(note["losses"]) == 20 and note["sequences"] == 160 and note["distinct sequences"] == 16
+    assert len(errors) == 120 and max(errors) < rotate.TOLERANCE and note["orthogonality"] == max(errors)
+    assert len(note["losses"]) == 60 and note["sequences"] == 960 and note["distinct sequences"] == 16
     assert not torch.allclose(learned.residual, start.residual) and not torch.allclose(learned.heads, start.heads)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items()), "learning changes no weight"
     assert not any(module._forward_pre_hooks for module in model.modules())
