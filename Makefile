@@ -6,18 +6,20 @@ SHELL := /bin/bash
 PYTHON ?= $(firstword $(foreach name,python3 python3.13 python3.12 python3.11 python,\
 	$(shell $(name) -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))))
 MODEL ?= tiny-llama-m
+# Not results/, which holds the committed reference: what is found there would not be measured again.
+RESULTS ?= runs
 RUN := .venv/bin/python
 
 # What is given on the command line is handed on; what is not keeps the default of `ptq reproduce`.
 OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(filter-out 0,$(FAST)),--fast) \
 	$(if $(WBITS),--wbits $(WBITS)) $(if $(ABITS),--abits $(ABITS)) $(if $(MODE),--mode $(MODE)) \
-	$(if $(CALIB),--calib $(CALIB)) $(if $(SEED),--seed $(SEED)) $(if $(RESULTS),--results $(RESULTS)) $(ARGS)
+	$(if $(CALIB),--calib $(CALIB)) $(if $(SEED),--seed $(SEED)) --results $(RESULTS) $(ARGS)
 
 .PHONY: help setup reproduce test bench lint clean
 
 help:
 	@echo "make setup       builds the environment in .venv (the other commands do so by themselves)"
-	@echo "make reproduce   compares the methods on a model: tables and plots in results/"
+	@echo "make reproduce   compares the methods on a model: tables and plots in $(RESULTS)/"
 	@echo "                   MODEL=$(MODEL) METHODS=gptq,cka-hybrid TASKS=world_math WBITS=3 ABITS=8 MODE=native"
 	@echo "                   FAST=1 CALIB=text.txt SEED=1 RESULTS=folder ARGS='any option of ptq reproduce'"
 	@echo "make test        runs all tests; make test ARGS='-m \"not slow\"' only the fast ones"

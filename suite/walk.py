@@ -561,8 +561,8 @@ def _records(view: Any, edit: LayerEdit, seconds: float, diagnostics: bool) -> l
         weights = sum(w.numel() for w in counts.values())
         bits = sum(w.numel() * (q.grid.spec.effective_bits(w.shape[1]) if (q := part.linears[name]).grid else 16.0)
                    for name, w in counts.items())
-        records.append({"layer": layer_view.index, "seconds": seconds / view.layers_spanned, "weights": weights,
-                        "bits": bits / weights, **part.note})
+        records.append({**part.note, "layer": layer_view.index, "seconds": seconds / view.layers_spanned,
+                        "weights": weights, "bits": bits / weights})  # what is counted here, no note overrides
     if diagnostics:
         reference = view.reference
         out = view.committed(len(reference))
