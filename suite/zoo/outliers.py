@@ -12,13 +12,17 @@ thirds of them a site, never all. Modelled on:
 
 | site | channels | depth | after |
 |---|---|---|---|
-| qkv, gate_up (norms) | 1.5 % of the width, the same in all layers | rises over the first third, then stays | SmoothQuant (arXiv 2211.10438) section 3: few channels, up to about 100 times larger, fixed for all tokens; LLM.int8 (arXiv 2208.07339) section 4: the same dimensions in all layers, growing with depth |
-| down (up_proj) | 0.75 %, drawn anew in each layer | early layers and the last, weak between | Massive Activations (arXiv 2402.17762) sections 2 and 3: very few, very large, born in an early layer and gone after the last |
-| o (v_proj, where there is no grouped-query attention) | 3 %, drawn anew in each layer | strongest in the middle | no source: the mild spread of heads that AWQ's v -> o scaling (arXiv 2306.00978) presumes |
+| qkv, gate_up (norms) | 3 % of the width, the same in all layers | rises over the first third, then stays | SmoothQuant (arXiv 2211.10438) section 3: few channels, up to about 100 times larger, fixed for all tokens; LLM.int8 (arXiv 2208.07339) section 4: the same dimensions in all layers, growing with depth |
+| down (up_proj) | 1.5 %, drawn anew in each layer | early layers and the last, weak between | Massive Activations (arXiv 2402.17762) sections 2 and 3: very few, very large, born in an early layer and gone after the last |
+| o (v_proj, where there is no grouped-query attention) | 6 %, drawn anew in each layer | strongest in the middle | no source: the mild spread of heads that AWQ's v -> o scaling (arXiv 2306.00978) presumes |
 
-What these papers print are sizes of activations; factors on a small model's channels imitate them in ratio, not in value.
-The profiles are a model of published observations, not a measurement of any named checkpoint: results on such a model must be
-called planted. Severities of 8 to 30 span what SmoothQuant's figures show.
+What these papers print are sizes of activations; factors on a small model's channels imitate them in ratio, not in value. A
+small model has few channels, so a share of them that shows is larger than in the papers. The profiles are a model of published
+observations, not a measurement of any named checkpoint: results on such a model must be called planted.
+
+Severity 8 gives factors of about 9 to 30 at the norms of late layers (16: 20 to 100), which is what SmoothQuant's figures show.
+Perplexity of round-to-nearest on world_wiki, W4A8 in groups of 128, 6 windows: tiny-llama-m plain 1.808, severity 8 1.826,
+16 1.864, 30 2.53; tiny-llama-s 1.79, 1.92, 2.02.
 
 >>> parse("tiny-llama-m@outliers=8,seed=1")
 ('tiny-llama-m', Outliers(severity=8.0, seed=1))
@@ -39,13 +43,13 @@ from torch import nn
 from suite import arch
 from suite.errors import PTQError, unknown
 
-MOST_SEVERE = 1000.0
+MOST_SEVERE = 100.0
 PLANTED_SHARE = 2 / 3  # of the layers, per site
 
 
 @dataclass(frozen=True)
 class Outliers:
-    """severity: the typical factor of a large channel, 1 (none) to 1000; seed: which channels and layers."""
+    """severity: how large the large channels are, 1 (none) to 100; seed: which channels and layers."""
 
     severity: float
     seed: int = 0
@@ -66,10 +70,10 @@ class Profile:
 
 
 PROFILES = {
-    "qkv": Profile(0.015, 1.0, True, lambda at: min(1.0, 0.5 + 1.5 * at)),
-    "gate_up": Profile(0.015, 1.0, True, lambda at: min(1.0, 0.5 + 1.5 * at)),
-    "down": Profile(0.0075, 1.2, False, lambda at: 1.0 if at < 0.3 or at == 1 else 0.4),
-    "o": Profile(0.03, 0.6, False, lambda at: 1.0 - abs(2 * at - 1) / 2),
+    "qkv": Profile(0.03, 1.5, True, lambda at: min(1.0, 0.5 + 1.5 * at)),
+    "gate_up": Profile(0.03, 1.5, True, lambda at: min(1.0, 0.5 + 1.5 * at)),
+    "down": Profile(0.015, 1.8, False, lambda at: 1.0 if at < 0.3 or at == 1 else 0.4),
+    "o": Profile(0.06, 0.9, False, lambda at: 1.0 - abs(2 * at - 1) / 2),
 }
 
 
