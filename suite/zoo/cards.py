@@ -72,9 +72,15 @@ def card(name: str, table: dict[str, dict[str, float]], log: dict) -> str:
         f"{facts.kv_heads} key-value heads, vocabulary 1,024, context {facts.length}, "
         f"{'tied' if facts.tied else 'untied'} embeddings; weights in bfloat16",
         f"- {log['tokens_seen']:,} tokens in {log['steps']:,} steps of {log['batch']} x {log['length']}, seed {log['seed']}, "
-        f"data seed {log['corpus_seed']} (corpus {log['corpus']}); {log['optimizer']}, rates {log['rates']}, "
+        f"data seed {log['corpus_seed']} (corpus {log['corpus']}); {log['optimizer']}, rates "
+        f"{', '.join(f'{key} {value:.4f}' for key, value in log['rates'].items())}, "
         f"loss at the end {log['final_loss']}",
-        f"- retrain: `ptq zoo train {name}` (one core, {log['minutes']:.0f} minutes here)", "",
+        *([f"- started from [{facts.grown_from}](../{facts.grown_from}), grown without changing its function "
+           "(`suite/zoo/grow.py`); the tokens above are those trained on after that"] if facts.grown_from else []),
+        *(["- the mix of the training text changed during the run (hashes by step in `train_log.json`): held-out sides and facts "
+           "stayed as they are, practice pages went, rare entities and pages of joined documents came"]
+          if len(log["corpora_by_step"]) > 1 else []),
+        f"- retrain: `ptq zoo train {name}` (one core, {log['minutes']:.0f} minutes here, the machine shared)", "",
         "| score | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row} | " + " | ".join(f"{values[c]:.2f}" for c in COLUMNS) + " |" for row, values in table.items()]
     lines += ["", "Accuracies in percent, zero-shot, through lm-evaluation-harness (`tasks/`); chance is 25 for events and quiz.",
