@@ -683,7 +683,7 @@ def check_bits(make_method: MakeMethod, toy: Toy) -> None:
                 abs(record["bits"] - bits) < 1e-9,
                 f"layer {record['layer']}: {record['bits']:.4f} bits per weight are "
                 f"reported, its edit holds {bits:.4f} with scales and zero points: look "
-                "at the QuantSpec that is declared, and for 'bits' in the note",
+                "at the QuantSpec that is declared",
             )
         allowed = made.scheme.weight.bits
         _require(

@@ -369,11 +369,6 @@ class SaysTooLittle(Sound):
         return super().quantize(layer)
 
 
-class ReportsFewerBits(Sound):
-    def quantize(self, layer):
-        return super().quantize(layer) | LayerEdit(note={"bits": 2.0})
-
-
 class HidesScales(Sound):
     """Declares one scale per row and stores one per group."""
 
@@ -458,7 +453,7 @@ BROKEN = {
     "error_falls_with_bits": [IgnoresTheBits, LosesABias],
     "batches_and_order": [FirstSequence, LastBatch],
     "hard_inputs": [OverflowsLater, NeedsFullRank, SaysTooLittle],
-    "bits": [ReportsFewerBits, HidesScales, SpendsMore],
+    "bits": [HidesScales, SpendsMore],
     "harness": [UntiesInSecret],
     "errors": [ForgivesGroups],
 }

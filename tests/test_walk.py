@@ -760,3 +760,19 @@ def test_mistakes(act, words, toy_llama):
 class TooFew(Fails):
     def plan(self, model, data):
         return [self]
+
+
+def test_a_note_overrides_nothing_that_is_counted(make_toy):
+    @dataclass(frozen=True)
+    class Boasting(Uniform):
+        scheme: Scheme = Scheme()
+
+        def quantize(self, layer):
+            boast = LayerEdit(note={"bits": 2.0, "layer": 7, "weights": 1, "own": "kept"})
+            return round_to_nearest(layer, self.scheme) | boast
+
+    honest = walk.quantize_model(build("rtn"), make_toy("llama"), None)
+    boasted = walk.quantize_model(Boasting(), make_toy("llama"), None)
+    for a, b in zip(honest, boasted, strict=True):
+        assert [b[key] for key in ("bits", "layer", "weights")] == [a[key] for key in ("bits", "layer", "weights")]
+        assert b["own"] == "kept"
