@@ -64,11 +64,6 @@ def layers(model: nn.Module) -> Sequence[nn.Module]:
     return model.get_submodule(family(model).layers)
 
 
-def layer_path(model: nn.Module, index: int) -> str:
-    """The path of one decoder layer from the top of the model, e.g. "model.layers.3"."""
-    return f"{family(model).layers}.{index}"
-
-
 def embedding(model: nn.Module) -> nn.Embedding:
     return model.get_submodule(family(model).embedding)
 

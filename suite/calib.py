@@ -53,8 +53,12 @@ class Calibration:
 
 def from_tokens(tokens: Tensor, source: str = "given", seed: int = 0, text: str = "") -> Calibration:
     """A calibration set from token windows (n, t)."""
-    digest = hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.long().numpy().tobytes()).hexdigest()
-    return Calibration(tokens.long(), source, digest, text_digest(text), seed)
+    return Calibration(tokens.long(), source, digest(tokens), text_digest(text), seed)
+
+
+def digest(tokens: Tensor) -> str:
+    """sha256 of token windows and their shape."""
+    return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.cpu().long().numpy().tobytes()).hexdigest()
 
 
 def text_digest(text: str) -> str:

@@ -11,7 +11,6 @@ Letters: w windows, N tokens per window, v vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite.calib import digest, text_digest  # one hash for both: a run on the evaluated text is found by it
 from suite.errors import PTQError
 
 DEFAULT_WINDOW = 2048  # the papers'; models with fewer positions take all they have
@@ -62,15 +62,6 @@ class Windows:
                 "bos": "once, at the start of the text" if self.bos else "none",
                 "special_tokens": "the tokenizer's own, once around the text" if self.special_tokens else "none",
                 "text_digest": self.text_digest, "data_digest": digest(self.tokens)}
-
-
-def digest(tokens: Tensor) -> str:
-    """sha256 of token windows and their shape."""
-    return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.cpu().long().numpy().tobytes()).hexdigest()
-
-
-def text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_text(path: str | Path) -> str:
