@@ -157,6 +157,42 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
 
     >>> outcome = reproduce("tiny-llama-s", store=Store("results"), fast=True)  # doctest: +SKIP
     """
+    planned = plan(model, methods, tasks, store=store, options=options, kvbits=kvbits, mode=mode,
+                   calib_source=calib_source, nsamples=nsamples, seqlen=seqlen, seed=seed, fast=fast, limit=limit,
+                   fewshot=fewshot, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision,
+                   device=device, dtype=dtype, batch_size=batch_size, threads=threads)
+    run(planned.jobs, workers, progress, runner)
+    return planned.outcome
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """The work that a grid still needs. outcome: what it will have come to; variants: in the order of the methods;
+    tests: the tasks, loaded."""
+
+    outcome: Outcome
+    variants: list[Variant]
+    jobs: list[Job]
+    tests: Tasks
+
+    def quantization(self, variant: Variant) -> dict[str, Any]:
+        """The identity of a variant's quantization record."""
+        return variant.quantization(self.outcome.setting.model, self.outcome.setting.dtype)
+
+    def evaluation(self, variant: Variant, task: str) -> dict[str, Any]:
+        return variant.evaluation(self.outcome.setting.model, self.outcome.setting.dtype, self.tests.identity(task))
+
+
+def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
+         options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
+         calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
+         fast: bool = False, limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
+         fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
+         batch_size: int | None = None, threads: int | None = None, tests: Tasks | None = None) -> Planned:
+    """What `reproduce` would have to measure; takes what it takes, checks what it checks, runs no model.
+
+    tests: the tasks, if they are loaded already.
+    """
     store.check_writable()
     source = models.resolve(model, revision)
     if source.kind == "quantized":
@@ -167,7 +203,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     built = _build(methods or (FAST_METHODS if fast else METHODS), options or {}, mode, own)
     if source.folder is None:
         hub.require(f"model {source.repository!r}", INSTEAD)
-    tests = Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
+    tests = tests or Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
 
     source = source.fetched()
     config = models.read_json(source.folder / "config.json")
@@ -192,7 +228,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     threads = threads or (1 if small else None)
     shared_job = dict(model=model, identity=identity, dtype=kept, revision=revision, device=str(device),
                       batch_size=batch_size, threads=threads, layers=config.get("num_hidden_layers", 1), small=small,
-                      store=store.root, tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
+                      store=store, tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
     jobs = []
     for variant in variants:
         missing = tuple(task for task in tests.names
@@ -201,15 +237,25 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
         if missing or unquantized:
             overlapping = frozenset(task for task in missing if (variant.label, task) in overlaps)
             jobs.append(Job(variant, missing, unquantized, overlapping, **shared_job))
+    measured = sum(len(job.missing) for job in jobs)
+    outcome = Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
+                      len(variants) * len(tests.names) - measured, source.note)
+    return Planned(outcome, variants, jobs, tests)
+
+
+def run(jobs: Sequence[Job], workers: int | None = 1, progress: Progress | None = None,
+        runner: Callable[..., Any] | None = None) -> None:
+    """Does all jobs, of one grid or of several. workers, runner: see `reproduce`."""
+    if not jobs:
+        return
     if workers is None:
-        workers = (os.cpu_count() or 1) // threads if small and threads and device.type == "cpu" else 1
+        threads = jobs[0].threads
+        alike = all(job.small and job.threads == threads and job.device == "cpu" for job in jobs)
+        workers = (os.cpu_count() or 1) // threads if alike and threads else 1
     if min(workers, len(jobs)) > 1 and runner is None:
         _measure_side_by_side(jobs, min(workers, len(jobs)), progress)
     else:
-        _measure_in_turn(jobs, runner or Runner, tests, progress)
-    measured = sum(len(job.missing) for job in jobs)
-    return Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
-                   len(variants) * len(tests.names) - measured, source.note)
+        _measure_in_turn(jobs, runner or Runner, progress)
 
 
 def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[Any] | None = None,
@@ -261,7 +307,8 @@ class Job:
     """The measurements of one variant that the store lacks; plain data, so that another process can do them.
 
     missing: tasks; unquantized: whether the record of the quantization is missing too; overlapping: tasks on whose text
-    the variant is calibrated; tests: how to load the tasks again; tasks: their identities.
+    the variant is calibrated; tests: how to load the tasks again; tasks: their identities; share: take the results of
+    another variant whose quantized model is the same, bit for bit.
     """
 
     variant: Variant
@@ -277,9 +324,10 @@ class Job:
     threads: int | None
     layers: int
     small: bool
-    store: Path
+    store: Store
     tests: Mapping[str, Any]
     tasks: Mapping[str, Mapping[str, Any]]
+    share: bool = False
 
     @property
     def steps(self) -> int:
@@ -288,7 +336,7 @@ class Job:
 
 def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[int, str], None]) -> None:
     """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step."""
-    variant, store = job.variant, Store(job.store)
+    variant, store = job.variant, job.store
     with _threads(job.threads):
         run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype,
                      batch_size=job.batch_size)
@@ -296,27 +344,47 @@ def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[
             result = run.quantize(lambda done, total, text: tell(done, f"{variant.label}, layer {done} of {total}"))
         if job.unquantized:
             _put(store, variant.quantization(job.identity, job.dtype), {"label": variant.label, **result}, meter)
+        twins = _twins(store, job, result) if job.share else {}
         for done, task in enumerate(job.missing, start=job.layers):
             tell(done, f"{variant.label}, {task}")
             with Meter() as meter:
-                result = run.evaluate(tests, task)
+                result = twins.get(task) or run.evaluate(tests, task)
             overlap = {"calibrated_on_this_text": True} if task in job.overlapping else {}
             _put(store, variant.evaluation(job.identity, job.dtype, job.tasks[task]),
-                 {"label": variant.label, **overlap, **result}, meter)
+                 {**result, "label": variant.label, **overlap}, meter)
     del run
     if not job.small:  # searching the whole heap takes longer than a small model is worth
         gc.collect()
     tell(job.steps, variant.label)
 
 
+def _twins(store: Store, job: Job, quantized: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """task -> the result of a variant whose model is the same, to the last bit; it tells whose it was."""
+    fingerprint, found = quantized.get("fingerprint"), {}
+    if not fingerprint:
+        return found
+    for other in store.records(job.identity["name"], "quantization", dtype=job.dtype, numerics=NUMERICS):
+        if other.result.get("fingerprint") != fingerprint or other.identity["model"] != job.identity:
+            continue
+        shared = {key: value for key, value in other.identity.items()
+                  if key not in ("kind", "libraries", "diagnosed_on")}
+        for task in set(job.missing) - set(found):
+            record = store.find({"kind": "evaluation", **shared, "libraries": _libraries(EVALUATING_LIBRARIES),
+                                 "task": dict(job.tasks[task])})
+            if record is not None and "calibrated_on_this_text" not in record.result:
+                label = record.result.get("same_model_as", record.result["label"])
+                found[task] = {**record.result, "label": job.variant.label, "same_model_as": label}
+    return found
+
+
 def _put(store: Store, identity: dict, result: Mapping[str, Any], meter: Meter) -> None:
     store.put(Record(identity, significant(result), provenance(meter)))
 
 
-def _measure_in_turn(jobs: Sequence[Job], runner: Callable[..., Any], tests: Tasks, progress: Progress | None) -> None:
-    before, total = 0, sum(job.steps for job in jobs)
+def _measure_in_turn(jobs: Sequence[Job], runner: Callable[..., Any], progress: Progress | None) -> None:
+    before, total, loaded = 0, sum(job.steps for job in jobs), _Loaded()
     for job in jobs:
-        measure(job, runner, tests, _teller(progress, before, total))
+        measure(job, runner, loaded.tests(job), _teller(progress, before, total))
         before += job.steps
 
 
@@ -367,16 +435,28 @@ def _work(waiting: Any, told: Any) -> None:
     """A worker: does the jobs that wait, until there is None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     warnings.simplefilter("ignore")
-    tests: Tasks | None = None
+    loaded = _Loaded()
     while (waited := waiting.get()) is not None:
         i, job = waited
         try:
-            tests = tests or Tasks(**job.tests)
-            measure(job, Runner, tests, lambda steps, text, i=i: told.put((i, steps, text, None)))
+            measure(job, Runner, loaded.tests(job), lambda steps, text, i=i: told.put((i, steps, text, None)))
         except PTQError as error:
             told.put((i, 0, "", error))
         except Exception:  # anything else is a bug, and its traceback would be lost with the process
             told.put((i, 0, "", RuntimeError(traceback.format_exc())))
+
+
+class _Loaded:
+    """The tasks of jobs, each set loaded once."""
+
+    def __init__(self):
+        self._tests: dict[str, Tasks] = {}
+
+    def tests(self, job: Job) -> Tasks:
+        key = canonical({**job.tests, "names": list(job.tests["names"])})
+        if key not in self._tests:
+            self._tests[key] = Tasks(**job.tests)
+        return self._tests[key]
 
 
 class _threads:
@@ -603,7 +683,7 @@ class Runner:
         self._harness: Any = None
 
     def quantize(self, progress: Progress | None = None) -> dict[str, Any]:
-        """Quantizes the model in place: {"layers", "bits", "seconds", "peak_memory_mib"}."""
+        """Quantizes the model in place: {"layers", "bits", "seconds", "peak_memory_mib", "fingerprint"}."""
         from suite.walk import quantize_model
 
         variant = self._variant
@@ -613,7 +693,8 @@ class Runner:
                                     diagnostics=True, inputs=variant.inputs)
         weights = sum(layer["weights"] for layer in layers)
         return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
-                "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"]}
+                "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"],
+                "fingerprint": models.fingerprint(self._loaded.model)}
 
     def evaluate(self, tests: Tasks, name: str) -> dict[str, Any]:
         """One task through lm-eval: see `outcome_of`."""

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suite import arch, checkpoint, hub, paths, zoo
+from suite import arch, checkpoint, hub, kv, paths, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
@@ -217,6 +217,12 @@ def digest_of(model: nn.Module) -> str:
         total.update(f"{key} {data.dtype} {tuple(data.shape)}\n".encode())
         total.update(data.flatten().view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 of what a quantized model computes: its tensors, and the kind and the grids of its modules. Two variants
+    with the same one give the same answers."""
+    return hashlib.sha256(f"{digest_of(model)} {kv.bits_of(model)} {model}".encode()).hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------- loading

@@ -1,93 +1,102 @@
 """The selection: each unit of layers gets the method of a pool whose output is closest to the unquantized model's.
 
-Source: CKA-Guided Modular Quantization (arXiv 2512.16282): greedy from the first layer, each candidate fed by the layers
-quantized so far, at one format for all layers; O(layers x candidates) quantizations instead of candidates^layers.
+Source: CKA-Guided Modular Quantization (arXiv 2512.16282): greedy from the first layer, each candidate fed by the
+layers quantized so far, at one format for all layers; O(layers x candidates) quantizations, not candidates^layers.
+Beyond the paper: a beam of prefixes, a choice per site, a refinement of the finished assignment, and the controls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from suite.cka import CKA
+from suite import arch
 from suite.errors import PTQError, unknown
 from suite.grid import Scheme
 from suite.method import LayerEdit, LayerView, build, lookup
-from suite.walk import REFERENCE_TOKENS
+from suite.metrics import METRICS, Lens, distances, lens_of
+from suite.search import OBJECTIVES, Assigned, Refinement, SiteView, beam, check_number, told
+from suite.walk import REFERENCE_TOKENS, walk
 
-
-def distances(reference: Tensor) -> Callable[[Tensor], dict[str, float]]:
-    """All metrics of a candidate's output against the reference (n, t, d), each as a distance: smaller is closer.
-
-    cka: 1 - linear CKA.   mse: mean squared difference, relative to the reference's mean square.
-    cosine: 1 - mean cosine similarity of a token's two outputs.   sqnr: minus the signal-to-noise ratio, in dB.
-    """
-    x = reference.reshape(-1, reference.shape[-1]).float()
-    cka, power = CKA(reference), _squares(x)
-
-    def measure(candidate: Tensor) -> dict[str, float]:
-        y = candidate.reshape(x.shape).float()
-        noise, other = _squares(y - x), _squares(y)
-        lengths = (power * other).sqrt().clamp(min=1e-30)
-        # 1 - x'y / |x||y|, from the difference: the cosine itself would leave no digits
-        cosine = (noise - (other.sqrt() - power.sqrt()).square()) / (2 * lengths)
-        relative = noise.sum() / power.sum()
-        return {"cka": cka.distance(candidate), "mse": float(relative), "cosine": float(cosine.mean()),
-                "sqnr": float(10 * torch.log10(relative.clamp(min=1e-30)))}
-
-    return measure
-
-
-def _squares(x: Tensor) -> Tensor:
-    """Squared length of each token's vector, summed in float32, as float64: (tokens, d) -> (tokens,)."""
-    return x.square().sum(-1).double()
-
-
-METRICS = {
-    "cka": "1 - linear CKA of the layer's outputs (the paper's criterion)",
-    "mse": "mean squared difference, relative to the reference's mean square",
-    "cosine": "1 - mean cosine similarity, token by token",
-    "sqnr": "signal to quantization noise ratio of the outputs",
-}
+UNITS, SEARCHES, PICKS = ("layer", "site"), ("greedy", "beam"), ("closest", "farthest", "random")
 
 
 @dataclass(frozen=True)
 class Select:
     """The local rule of a hybrid: every candidate's edit, scored; the closest wins.
 
-    rules: for each candidate, its rule for every layer of the unit.
+    rules: for each candidate, its rule for every layer of the unit. farthest: the worst wins, for a control.
     """
 
     names: tuple[str, ...]
     rules: tuple[Sequence[Any], ...]
     metric: str
     reference_tokens: int = REFERENCE_TOKENS
+    lens: Lens | None = None
+    farthest: bool = False
 
     def quantize(self, layer: LayerView) -> LayerEdit:
         reference = layer.reference
-        measure = distances(reference)
+        measure = distances(reference) if self.lens is None else distances(reference, self.lens)
         scores: dict[str, dict[str, float]] = {}
         best: tuple[float, str, LayerEdit] | None = None
         for name, rules in zip(self.names, self.rules, strict=True):
             edit = layer.quantize_with(rules)
             scores[name] = measure(layer.after(edit).outputs(len(reference)))
             distance = scores[name][self.metric]
-            if distance != distance:
-                raise PTQError(f"layer {layer.index}: {self.metric} of candidate {name} is not a number; "
-                               f"the layer's outputs are constant or not finite on this calibration data")
+            check_number(distance, layer.index, self.metric, name)
             loser = edit
-            if best is None or distance < best[0]:
+            if best is None or self._wins(distance, best[0]):
                 loser, best = best[2] if best else None, (distance, name, edit)
             if loser is not None:
                 layer.forget(loser)
         distance, chosen, edit = best
-        others = [s[self.metric] for name, s in scores.items() if name != chosen]
-        note = {"chosen": chosen, "candidates": scores, "margin": min(others) - distance if others else None}
+        note = {"chosen": chosen, "candidates": scores, "margin": _margin(scores, chosen, self.metric)}
         return LayerEdit(edit.params, edit.linears, {**edit.note, **note})
+
+    def _wins(self, distance: float, best: float) -> bool:
+        return distance > best if self.farthest else distance < best
+
+
+@dataclass(frozen=True)
+class SelectBySite:
+    """As `Select`, but every site of the layer has a choice of its own, in the order of the sites.
+
+    A candidate is scored at the output of the layer, with the sites before it as chosen and those after it unquantized.
+    All sites are quantized on the statistics of the layer as it came in, like the layer of a pure method.
+    """
+
+    names: tuple[str, ...]
+    rules: tuple[Any, ...]
+    metric: str
+    reference_tokens: int = REFERENCE_TOKENS
+    lens: Lens | None = None
+
+    def quantize(self, layer: LayerView) -> LayerEdit:
+        reference, whole, chosen, table = layer.reference, LayerEdit(), [], {}
+        measure = distances(reference) if self.lens is None else distances(reference, self.lens)
+        for site in layer.sites:
+            edits, scores = {}, {}
+            for name, rule in zip(self.names, self.rules, strict=True):
+                edits[name] = whole | rule.quantize(SiteView(layer, site))
+                scores[name] = measure(layer.after(edits[name]).outputs(len(reference)))
+                check_number(scores[name][self.metric], layer.index, self.metric, name)
+            chosen.append(min(scores, key=lambda name: scores[name][self.metric]))
+            table[site.name], whole = scores, edits.pop(chosen[-1])
+            for loser in edits.values():
+                layer.forget(loser)
+        note = {**told(layer.sites, tuple(chosen)), "candidates_by_site": table}
+        return LayerEdit(whole.params, whole.linears, note)
+
+
+def _margin(scores: Mapping[str, Mapping[str, float]], chosen: str, metric: str) -> float | None:
+    """By how much the nearest of the others is farther than the one chosen; below 0 where it is nearer."""
+    others = [found[metric] for name, found in scores.items() if name != chosen]
+    return min(others) - scores[chosen][metric] if others else None
 
 
 @dataclass(frozen=True)
@@ -95,13 +104,25 @@ class Hybrid:
     """CKA-guided modular quantization.
 
     pool:   names of registered methods; all get the same scheme and their default options.
-    metric: one of `METRICS`, or what the record calls it; the record keeps all of them for every candidate.
+    metric: one of `METRICS`, or what the record calls it; the record keeps all of them for every candidate (kl only
+            where it decides).
     score_tokens: calibration tokens on which outputs are compared, the first ones; the methods themselves see all. The
             winner's outputs are completed and feed the next layer, so that nothing is computed twice.
     block:  consecutive layers that share one choice (1: the paper's main setting; its ablation has 2, 4, 8).
+    unit:   "layer"; "site" for a choice per site (q/k/v, o, gate/up, down), where scales move into norms only;
+            "block-4" is the same as block=4.
+
+    Beyond the paper:
+    search: "greedy", or "beam", which keeps the `width` best prefixes at each layer; width 1 is greedy.
+    refine: "none"; "cka" or "nll": then one slot at a time is changed wherever that lowers the objective of the whole
+            model on half of the calibration sequences and on the other half too; see `suite.search.Refinement`.
+
+    Controls:
+    pick:   "closest"; "farthest", the worst choice everywhere; "random", drawn from `pick_seed`.
+    choices: a finished assignment, one name of the pool per layer; nothing is scored.
 
     Raises PTQError: empty pool, a name that is unknown, twice there, or rewrites the model (SpinQuant); unknown metric,
-    block below 1.
+    unit, search, refine or pick; block or width below 1; options that would have no effect together.
 
     >>> Hybrid(pool=("gptq", "awq")).metric
     'cka'
@@ -112,29 +133,121 @@ class Hybrid:
     metric: str = "cka"
     block: int = 1
     score_tokens: int = REFERENCE_TOKENS
+    unit: str = "layer"
+    search: str = "greedy"
+    width: int = 1
+    refine: str = "none"
+    pick: str = "closest"
+    pick_seed: int = 0
+    choices: tuple[str, ...] = ()
 
     def __post_init__(self):
+        if self.unit.startswith("block-") and self.unit[6:].isdigit():  # one identity for both ways to say it
+            if self.block not in (1, int(self.unit[6:])):
+                raise PTQError(f"unit is {self.unit} and block is {self.block}: give one of them")
+            object.__setattr__(self, "block", int(self.unit[6:]))
+            object.__setattr__(self, "unit", "layer")
         if not self.pool or len(set(self.pool)) != len(self.pool):
             raise PTQError(f"pool is {', '.join(self.pool) or 'empty'}: it needs at least one method, and none twice")
         for name in self.pool:
             if any(getattr(lookup(part), "rewrites_model", False) for part in name.split("+")):
                 raise PTQError(f"pool has {name}, which rewrites the whole model before it quantizes a layer: "
                                f"its layers cannot stand among those of other methods")
-        if self.metric not in METRICS:
-            raise unknown("metric", self.metric, METRICS)
-        if self.block < 1:
-            raise PTQError(f"block is {self.block}: allowed are whole numbers from 1")
-        if self.score_tokens < 1:
-            raise PTQError(f"score_tokens is {self.score_tokens}: allowed are whole numbers from 1")
+        for option, allowed in {"metric": METRICS, "search": SEARCHES, "pick": PICKS,
+                                "unit": (*UNITS, "block-2, block-3, ..."), "refine": ("none", *OBJECTIVES)}.items():
+            if getattr(self, option) not in allowed:
+                raise unknown(option, getattr(self, option), allowed)
+        for option in ("block", "score_tokens", "width"):
+            if getattr(self, option) < 1:
+                raise PTQError(f"{option} is {getattr(self, option)}: allowed are whole numbers from 1")
+        if stray := [name for name in self.choices if name not in self.pool]:
+            raise unknown("method in choices", stray[0], self.pool)
+        self._check_together()
 
-    def plan(self, model: nn.Module, calib: Any) -> Sequence[Select]:
+    def _check_together(self) -> None:
+        """An option that another one leaves without effect would make an ablation that changes nothing."""
+        searching = self.search != "greedy" or self.refine != "none"
+        free = self.pick == "closest" and not self.choices
+        for wrong, why in (
+            (self.width > 1 and self.search == "greedy", f"width={self.width} has no effect with search=greedy: "
+                                                         f"give search=beam"),
+            (self.pick_seed != 0 and self.pick != "random",
+             f"pick_seed={self.pick_seed} has no effect without pick=random"),
+            (self.choices and self.pick != "closest", f"pick={self.pick} beside choices, which leave nothing to pick"),
+            (not free and (self.search != "greedy" or self.unit != "layer" or self.refine != "none"),
+             "pick and choices are controls: they go with unit=layer, search=greedy, refine=none"),
+            (self.block > 1 and (searching or self.unit != "layer" or not free and self.pick != "farthest"),
+             f"block={self.block} goes with unit=layer, search=greedy, refine=none, and without choices"),
+            (self.unit == "site" and self.search != "greedy", "unit=site goes with search=greedy"),
+        ):
+            if wrong:
+                raise PTQError(why)
+
+    def plan(self, model: nn.Module, calib: Any) -> Sequence[Any]:
         total = model.config.num_hidden_layers
-        plans = []
+        plans = {}
         for name in self.pool:
-            plans.append(build(name, **self.scheme.options).plan(model, calib))
-            if len(plans[-1]) != total:
-                raise PTQError(f"pool member {name!r} has a rule for {len(plans[-1])} units, the model has {total} layers: "
-                               f"a member of a pool needs one rule per layer")
-        return [Select(self.pool, tuple(plan[i:i + self.block] for plan in plans), self.metric,
-                       self.score_tokens)
+            plans[name] = build(name, **self.scheme.options).plan(model, calib)
+            if len(plans[name]) != total:
+                raise PTQError(f"pool member {name!r} has a rule for {len(plans[name])} units, the model has {total} "
+                               f"layers: a member of a pool needs one rule per layer")
+        if self.choices or self.pick == "random":
+            return self._fixed(plans, total)
+        lens = lens_of(model) if self.metric == "kl" else None
+        if self.search == "greedy" and self.refine == "none":
+            return self._greedy(plans, total, lens)
+        if calib is None:
+            raise PTQError(f"cka-hybrid with search={self.search}, refine={self.refine} needs calibration data: "
+                           f"pass --calib embedded, a text file, or a set")
+        return self._searched(model, calib, plans, lens)
+
+    def _greedy(self, plans: Mapping[str, Sequence[Any]], total: int, lens: Lens | None) -> list[Any]:
+        if self.unit == "site":
+            return [SelectBySite(self.pool, tuple(plan[i] for plan in plans.values()), self.metric, self.score_tokens,
+                                 lens) for i in range(total)]
+        return [Select(self.pool, tuple(plan[i:i + self.block] for plan in plans.values()), self.metric,
+                       self.score_tokens, lens, self.pick == "farthest")
                 for i in range(0, total, self.block)]
+
+    def _fixed(self, plans: Mapping[str, Sequence[Any]], total: int) -> list[Assigned]:
+        drawn = random.Random(self.pick_seed)
+        names = self.choices or tuple(drawn.choice(self.pool) for _ in range(total))
+        if len(names) != total:
+            raise PTQError(f"choices names {len(names)} layers, the model has {total}")
+        return [Assigned({name: plans[name][i]}, (name,)) for i, name in enumerate(names)]
+
+    def _searched(self, model: nn.Module, calib: Any, plans: Mapping[str, Sequence[Any]], lens: Lens | None
+                  ) -> list[Assigned]:
+        """The assignment is found before anything is written; its layers are then quantized like any other's."""
+        if self.search == "beam":
+            found = beam(model, calib, plans, self.metric, self.width, self.score_tokens, lens)
+            names = [(name,) for name in found.names]
+            notes = [{"candidates": scores, "margin": _margin(scores, name, self.metric)}
+                     for name, scores in zip(found.names, found.scores, strict=True)]
+        else:
+            names, notes = self._rehearsed(model, calib, plans, lens)
+        if self.refine != "none":
+            first = names
+            names, note = Refinement(model, calib, plans, self.refine).run(first)
+            # scores were those of the layer behind another prefix, wherever an earlier choice has changed
+            changed = [a != b for a, b in zip(first, names, strict=True)]
+            notes = [{} if any(changed[:i + 1]) else one for i, one in enumerate(notes)]
+            notes[0] = {**notes[0], "refined": note}
+        return [Assigned({name: plan[i] for name, plan in plans.items()}, chosen, note)
+                for i, (chosen, note) in enumerate(zip(names, notes, strict=True))]
+
+    def _rehearsed(self, model: nn.Module, calib: Any, plans: Mapping[str, Sequence[Any]], lens: Lens | None
+                   ) -> tuple[list[tuple[str, ...]], list[dict]]:
+        """The greedy choice of each slot, found without writing the model."""
+        names, notes, feed = [], [], None
+        for view, rule in zip(walk(model, calib, reference=calib.sequences(self.score_tokens)),
+                              self._greedy(plans, len(arch.layers(model)), lens), strict=True):
+            fed = view if feed is None else view.fed_by(feed)
+            edit = rule.quantize(fed)
+            outputs = fed.after(edit).outputs()
+            feed = lambda first=None, outputs=outputs: outputs if first is None else outputs[:first]  # noqa: E731
+            by_site = edit.note.get("chosen_by_site")
+            names.append(tuple(by_site.values()) if by_site else (edit.note["chosen"],))
+            notes.append({key: edit.note[key] for key in ("candidates", "candidates_by_site", "margin")
+                          if key in edit.note})
+        return names, notes

@@ -1,6 +1,7 @@
 """One JSON record per run, found by the hash of everything that decides its result.
 
     results/<model>/records/<readable>-<first 12 digits of the hash>.json
+    results/<model>/ablations/records/...       the same, of a store with the shelf "ablations"
 
 A record has an identity (what was run: hashed), a result (what came out) and a provenance (when, where, with which
 code: told, but not part of the identity). The hash is the SHA-256 of the identity's canonical JSON, so two runs share
@@ -27,7 +28,7 @@ from typing import Any
 from suite.errors import PTQError
 
 FORMAT = 1  # of the file; a reader refuses what it does not know
-KINDS = ("quantization", "evaluation")
+KINDS = ("quantization", "evaluation", "study")
 _SHOWN = 12  # digits of the hash in a file's name
 
 
@@ -83,7 +84,7 @@ def _slug(text: str) -> str:
 class Record:
     """One finished run. All three parts are JSON.
 
-    identity:   "kind" ("quantization" or "evaluation"), "model" {"name", "digest"}, "method", ...: see
+    identity:   "kind" ("quantization", "evaluation" or "study"), "model" {"name", "digest"}, "method", ...: see
                 `suite.experiments.Variant`. Everything that decides the result, and nothing else.
     result:     the numbers, and what is needed to test and draw them.
     provenance: versions, commit, hardware, time, memory, date: see `suite.provenance`.
@@ -158,13 +159,16 @@ class Setting:
 class Store:
     """The records below a results folder.
 
+    shelf: where new records go, if not among those that the main tables are drawn from. What stands there is found
+    first, then what stands in the open; a store without a shelf does not look into any.
+
     >>> store = Store("results")                        # doctest: +SKIP
     >>> store.put(Record(identity, result, provenance)) # doctest: +SKIP
     >>> store.find(identity).result                     # doctest: +SKIP
     """
 
-    def __init__(self, root: str | os.PathLike):
-        self.root = Path(root)
+    def __init__(self, root: str | os.PathLike, shelf: str | None = None):
+        self.root, self.shelf = Path(root), shelf
 
     def folder(self, model: str) -> Path:
         """Where the tables, plots and records of a model stand."""
@@ -177,12 +181,18 @@ class Store:
     def find(self, identity: Mapping[str, Any]) -> Record | None:
         """The record of exactly this identity, or None. Raises PTQError if its file is corrupt or was edited."""
         wanted = digest(identity)
-        folder = self.folder(identity["model"]["name"]) / "records"
-        for path in sorted(folder.glob(f"*-{wanted[:_SHOWN]}.json")):
-            record = read(path)
-            if record.hash == wanted:
-                return record
+        for place in self._places:
+            folder = self.folder(identity["model"]["name"]) / place
+            for path in sorted(folder.glob(f"*-{wanted[:_SHOWN]}.json")):
+                record = read(path)
+                if record.hash == wanted:
+                    return record
         return None
+
+    @property
+    def _places(self) -> tuple[str, ...]:
+        """The folders of records inside a model's, the one that is written first."""
+        return (f"{self.shelf}/records", "records") if self.shelf else ("records",)
 
     def put(self, record: Record) -> Path:
         """Writes a record, atomically; replaces the one of the same identity. Returns its path.
@@ -193,17 +203,18 @@ class Store:
         content = {"format": FORMAT, "hash": hashed, "identity": identity, "result": record.result,
                    "provenance": record.provenance}
         content["checksum"] = digest(content)
-        path = self.folder(record.model) / "records" / f"{_readable(identity)}-{hashed[:_SHOWN]}.json"
+        path = self.folder(record.model) / self._places[0] / f"{_readable(identity)}-{hashed[:_SHOWN]}.json"
         write_text(path, _pretty(content) + "\n")
         return path
 
     def records(self, model: str | None = None, kind: str | None = None, **identity: Any) -> Iterator[Record]:
-        """All records, in the order of their paths, that have the given parts in their identity.
+        """All records, in the order of their paths (those on the shelf first), that have the given parts in their
+        identity.
 
         >>> list(Store("results").records(model="tiny-llama-s", kind="evaluation", mode="matched")) # doctest: +SKIP
         """
-        pattern = f"{folder_of(model) if model else '*'}/records/*.json"
-        for path in sorted(self.root.glob(pattern)):
+        for path in (path for place in self._places
+                     for path in sorted(self.root.glob(f"{folder_of(model) if model else '*'}/{place}/*.json"))):
             record = read(path)
             if model in (None, record.model) and kind in (None, record.kind) and all(
                     record.identity.get(key) == value for key, value in identity.items()):
@@ -225,7 +236,7 @@ def _readable(identity: Mapping[str, Any]) -> str:
     method, task = identity.get("method") or {}, identity.get("task") or {}
     limit = f"limit{task['limit']}" if task.get("limit") is not None else ""
     parts = (method.get("method", ""), identity.get("scheme", ""), identity.get("mode", ""),
-             task.get("name", identity["kind"]), limit)
+             task.get("name", identity.get("study", identity["kind"])), limit)
     return "-".join(_slug(str(part)) for part in parts if part)
 
 

@@ -48,10 +48,10 @@ def runner(monkeypatch):
 def run(tmp_path, toy_folder, toy_text_file, runner):
     """`reproduce` on the toy with a runner that only counts."""
     def run(methods=METHODS, tasks=TASKS, **arguments):
-        given = dict(store=Store(tmp_path / "results"), calib_source=str(toy_text_file), nsamples=2, seqlen=64,
-                     runner=runner)
-        return reproduce(str(toy_folder), methods, tasks, **(given | arguments))
-    run.store = Store(tmp_path / "results")
+        given = {"store": run.store, "runner": runner} | run.given | arguments
+        return reproduce(str(toy_folder), methods, tasks, **given)
+    run.store, run.folder = Store(tmp_path / "results"), str(toy_folder)
+    run.given = dict(calib_source=str(toy_text_file), nsamples=2, seqlen=64)
     return run
 
 
@@ -248,6 +248,45 @@ def test_for_real_on_the_toy(run, tmp_path, toy_text):
     assert all(0 < layer["errors"]["cka"] < 1 for layer in layers)
     assert record.provenance["hardware"]["threads"] == 1 and record.provenance["wall_seconds"] > 0
     assert torch.get_num_threads() == 1
+
+
+def test_the_same_model_is_not_evaluated_twice(run, runner, monkeypatch):
+    """With `share`, and only then, results are taken from a variant with the same fingerprint; each says so."""
+    original = runner.quantize
+    same = {"gptq": "one", "awq": "one", "rtn": "two"}
+    monkeypatch.setattr(runner, "quantize", lambda self, progress=None: {
+        **original(self, progress), "fingerprint": same[self.variant.label]})
+    given = dict(store=run.store, **run.given)
+    for share in (True, False):
+        jobs = experiments.plan(run.folder, ["gptq", "rtn", "awq"], TASKS, **given, fresh=True).jobs
+        runner.calls.clear()
+        experiments.run([experiments.replace(job, share=share) for job in jobs], runner=runner)
+        evaluated = [call for call in runner.calls if call[1] != "quantize"]
+        expected = ("gptq", "rtn") if share else ("gptq", "rtn", "awq")
+        assert evaluated == [(name, task) for name in expected for task in TASKS]
+        taken = {r.result["label"]: r.result.get("same_model_as") for r in run.store.records(kind="evaluation")}
+        assert taken == {"gptq": None, "rtn": None, "awq": "gptq" if share else None}
+
+
+def test_fingerprints_tell_models_apart(make_toy):
+    from suite import models, walk
+
+    def made(name, **options):
+        model = make_toy("llama")
+        walk.quantize_model(method.build(name, **options), model, calib.from_tokens(torch.zeros(1, 8)))
+        return models.fingerprint(model)
+    found = [made("rtn"), made("rtn"), made("rtn", abits=4), made("rtn", wbits=3), made("smoothquant")]
+    assert found[0] == found[1] and len(set(found)) == 4
+
+
+def test_what_lies_on_a_shelf_is_found_from_there_only(run, runner):
+    run(["fp16"])
+    runner.calls.clear()
+    shelf = Store(run.store.root, "ablations")
+    assert run(["fp16", "rtn"], store=shelf).measured == 2  # what lies in the open is found
+    assert [record.result["label"] for record in run.store.records(kind="quantization")] == ["fp16"]
+    assert sorted(record.result["label"] for record in shelf.records(kind="quantization")) == ["fp16", "rtn"]
+    assert run(["rtn"], store=shelf).found == 2 and run(["rtn"]).measured == 2
 
 
 @pytest.mark.slow

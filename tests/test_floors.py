@@ -39,6 +39,8 @@ LAYOUT = [
     (2, "suite.kv", "torch transformers"),
     (2, "suite.rotate", "torch"),
     (2, "suite.nll", "torch"),
+    (3, "suite.metrics", "torch"),
+    (3, "suite.search", "torch"),
     (3, "suite.select", "torch"),
     (3, "baselines", "torch numpy scipy"),
     (4, "suite.testing", "torch transformers tokenizers numpy lm_eval pytest"),

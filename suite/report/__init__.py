@@ -36,7 +36,8 @@ def write(store: Store, setting: Setting, methods: Iterable[str] = (), tasks: It
         if row.is_hybrid:
             name = stem if row.label == data.HYBRID else f"{stem}-{_slug(row.label)}"
             content |= plots.files(plots.choices(comparison, row), f"{name}-choices")
-            content |= plots.files(plots.candidates(comparison, row), f"{name}-candidates")
+            if any(layer.get("candidates") for layer in row.layers):  # none were scored for choices that were given
+                content |= plots.files(plots.candidates(comparison, row), f"{name}-candidates")
     growth = plots.error_growth(comparison)
     if growth is not None:
         content |= plots.files(growth, f"{stem}-error-growth")

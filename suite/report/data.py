@@ -127,7 +127,8 @@ def compare(store: Store, setting: Setting, methods: Iterable[str] = (), tasks: 
     Where a task was measured in two versions, the one measured last counts, and the other's cells are empty.
     """
     rows: dict[str, Row] = {label: Row(label) for label in methods}
-    found = [record for record in store.records(model=setting.model["name"]) if setting.holds(record.identity)]
+    found = [record for record in store.records(model=setting.model["name"])
+             if record.kind != "study" and setting.holds(record.identity)]
     evaluations = [record for record in found if record.kind == "evaluation"]
     current: dict[str, Record] = {}  # task -> the record measured last
     for record in sorted(evaluations, key=lambda r: r.provenance.get("date", "")):
