@@ -1,4 +1,4 @@
-"""AWQ (Lin et al., arXiv 2306.00978): scale up the weights of salient channels before rounding, salience read off the activations.
+"""AWQ (Lin et al., arXiv 2306.00978): scale up the weights of salient channels before rounding, as seen in the activations.
 
 Letters: o output rows, i input columns, g groups.
 """
@@ -90,7 +90,8 @@ class AWQ(Uniform):
             if loss < best[0]:
                 best = (loss, ratio, scale)
         if best[0] == float("inf"):
-            raise PTQError(f"layer {layer.index}, site {site.name}: no scale gives a finite error; look at the calibration data")
+            raise PTQError(f"layer {layer.index}, site {site.name}: no scale gives a finite error; "
+                           "look at the calibration data")
         return best[1], best[2]
 
     def _rounded(self, weight: Tensor, scale: Tensor) -> Tensor:

@@ -69,7 +69,8 @@ class GPTQ(Uniform):
         weights = [layer.weight(name) for name in site.linears]
         stacked, gram = torch.cat([w.float() for w in weights]), layer.stat("gram", site)  # (o, i), (i, i)
         try:
-            quantized, grid, damp = solve(stacked, gram, self.scheme.weight, self.damp, self.block_size, self.act_order, self.clip)
+            quantized, grid, damp = solve(stacked, gram, self.scheme.weight, self.damp, self.block_size, self.act_order,
+                                          self.clip)
         except PTQError as error:
             raise PTQError(f"layer {layer.index}, site {site.name}: {error}") from None
         params, linears, losses, row = {}, {}, {}, 0

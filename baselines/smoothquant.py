@@ -1,4 +1,4 @@
-"""SmoothQuant (Xiao et al., arXiv 2211.10438): move the spread of the activations into the weights, then round both to nearest."""
+"""SmoothQuant (Xiao et al., arXiv 2211.10438): move the spread of the activations into the weights, then round both."""
 
 from __future__ import annotations
 
@@ -53,4 +53,5 @@ class SmoothQuant(Uniform):
         return (inputs.pow(self.alpha) / weights.pow(1 - self.alpha)).clamp(min=1e-5)
 
 
-NATIVE = Native(options={"symmetric": True, "group_size": 0, "abits": 8}, nsamples=512, seqlen=512, source="pile", inputs="full")
+NATIVE = Native(options={"symmetric": True, "group_size": 0, "abits": 8}, nsamples=512, seqlen=512, source="pile",
+                inputs="full")

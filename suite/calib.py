@@ -116,7 +116,8 @@ def read_text(source: str) -> str:
     return text
 
 
-def _hub(path: str, config: str | None, split: str, field: str, join: str, rows: int | None = None, **options) -> Callable[[], str]:
+def _hub(path: str, config: str | None, split: str, field: str, join: str, rows: int | None = None,
+         **options) -> Callable[[], str]:
     def fetch() -> str:
         data = hub.dataset(path, config, split, f"--calib {EMBEDDED} or a text file", **options)
         return join.join(data[field] if rows is None else data[:rows][field])

@@ -69,7 +69,8 @@ class CKA:
         """
         y = candidate.reshape(-1, candidate.shape[-1]).float()
         if y.shape != self._x.shape:
-            raise ValueError(f"a candidate must have the reference's shape {tuple(self._x.shape)}, this one has {tuple(y.shape)}")
+            raise ValueError(f"a candidate must have the reference's shape {tuple(self._x.shape)}, "
+                             f"this one has {tuple(y.shape)}")
         difference = y - self._x
         shift = difference.mean(0, dtype=torch.float64).float()
         difference -= shift

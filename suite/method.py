@@ -296,7 +296,8 @@ def _compose(name: str, options: Mapping[str, Any]) -> Composed:
     if not hasattr(lookup(rest[0]), "quantize"):
         raise PTQError(f"composition {name!r}: {rest[0]} decides for the whole model and cannot round a single layer")
     allowed = {part: options_of(part) for part in (first, rest[0])}
-    stray = [str(unknown(f"option of {name}", k, options_of(name))) for k in options if not any(k in a for a in allowed.values())]
+    stray = [str(unknown(f"option of {name}", k, options_of(name))) for k in options
+             if not any(k in a for a in allowed.values())]
     if stray:
         raise PTQError("; ".join(stray))
     parts = [build(part, **{k: v for k, v in options.items() if k in allowed[part]}) for part in (first, rest[0])]

@@ -112,7 +112,8 @@ class LayerView:
             for kind in ("gram", "absmean"):
                 self._stats[kind, site.name] /= hidden.shape[0] * hidden.shape[1]
         keep = max(1, min(sampled, SAMPLE_TOKENS // hidden.shape[1]))
-        self._scope_calls = {name: (tuple(_head(a, keep, sampled) for a in args), {k: _head(a, keep, sampled) for k, a in kw.items()})
+        self._scope_calls = {name: (tuple(_head(a, keep, sampled) for a in args),
+                                    {k: _head(a, keep, sampled) for k, a in kw.items()})
                              for name, (args, kw) in self._scope_calls.items()}
 
     def _collect(self, site: Site) -> Callable:
@@ -307,7 +308,8 @@ class BlockView:
     def settled(self, edit: LayerEdit) -> Feed:
         feed: Feed = self.layers[0].inputs
         for edited in self.after(edit).layers:
-            written = LayerView(edited.index, edited._layer, edited.sites, edited._kwargs, edited._step, feed, edited._reference)
+            written = LayerView(edited.index, edited._layer, edited.sites, edited._kwargs, edited._step, feed,
+                                edited._reference)
             written._outputs = edited._outputs
             feed = _Once(written.outputs)
         return feed
@@ -497,7 +499,8 @@ def _check(view: LayerView, edit: LayerEdit) -> None:
                            f"it has {', '.join(sorted(view._original))}")
         old = view._original[key]
         if value.shape != old.shape or value.dtype != old.dtype:
-            raise PTQError(f"{where}: {key} became {tuple(value.shape)} {value.dtype}, must stay {tuple(old.shape)} {old.dtype}")
+            raise PTQError(f"{where}: {key} became {tuple(value.shape)} {value.dtype}, "
+                           f"must stay {tuple(old.shape)} {old.dtype}")
         if not torch.isfinite(value).all():
             raise PTQError(f"{where}: {key} has values that are not finite after quantization")
 
@@ -505,7 +508,8 @@ def _check(view: LayerView, edit: LayerEdit) -> None:
 # ---------------------------------------------------------------------------------------------- whole model
 
 
-def quantize_model(method: Any, model: nn.Module, calib: Calibration | None, progress: Callable[[int, int, str], None] | None = None,
+def quantize_model(method: Any, model: nn.Module, calib: Calibration | None,
+                   progress: Callable[[int, int, str], None] | None = None,
                    diagnostics: bool = False, inputs: str = "quantized") -> list[dict[str, Any]]:
     """Quantizes a model in place by a method's plan; returns one record per decoder layer.
 

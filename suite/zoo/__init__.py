@@ -37,15 +37,14 @@ class Embedded:
     batch: int
     length: int = 512
     seed: int = 0
-    grown_from: str = ""  # the embedded model whose knowledge it starts from (suite/zoo/grow.py)
     pace: float = 1.0  # factor on the learning rates
 
 
 TABLE: dict[str, Embedded] = {model.name: model for model in (
-    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=3100, batch=4),
-    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=750, batch=4, grown_from="tiny-llama-s", pace=0.7),
-    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=2900, batch=4),
-    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=540, batch=4, grown_from="tiny-qwen-s", pace=0.7),
+    Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=4400, batch=4),
+    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=3000, batch=4, pace=0.8),
+    Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=3600, batch=4),
+    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=3000, batch=4, pace=0.8),
 )}
 
 

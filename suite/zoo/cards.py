@@ -31,13 +31,16 @@ def harness(folder: Path) -> dict[str, float]:
     """Scores of a folder through the command line of lm-eval, in percent: task metric -> score."""
     tasks = Path(__file__).resolve().parents[2] / "tasks"
     with tempfile.TemporaryDirectory() as out:
-        subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32",
+        subprocess.run([sys.executable, "-m", "lm_eval", "run", "--model", "hf",
+                        "--model_args", f"pretrained={folder},dtype=float32",
                         "--tasks", *TASKS, "--include_path", str(tasks), "--batch_size", "32", "--device", "cpu",
                         "--output_path", out], check=True, capture_output=True,
                        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"})
         results = json.loads(next(Path(out).rglob("*.json")).read_text())["results"]
-    wanted = {"world_math": ("exact_match,strict-match",), "world_events": ("acc,none", "acc_norm,none"), "world_quiz": ("acc,none",)}
-    return {f"{task} {metric.split(',')[0]}": 100 * results[task][metric] for task, metrics in wanted.items() for metric in metrics}
+    wanted = {"world_math": ("exact_match,strict-match",), "world_events": ("acc,none", "acc_norm,none"),
+              "world_quiz": ("acc,none",)}
+    return {f"{task} {metric.split(',')[0]}": 100 * results[task][metric]
+            for task, metrics in wanted.items() for metric in metrics}
 
 
 def measure(name: str) -> dict[str, dict[str, float]]:
@@ -66,7 +69,8 @@ def card(name: str, table: dict[str, dict[str, float]], log: dict) -> str:
     kind = "Llama" if facts.family == "llama" else "Qwen2 (as Qwen1.5 uses it: biases on q, k, v)"
     lines = [
         f"# {name}", "",
-        f"A small {kind} model trained on the invented world of `suite/zoo` alone, as an instrument for measuring quantization.",
+        f"A small {kind} model trained on the invented world of `suite/zoo` alone, as an instrument for measuring "
+        "quantization.",
         "It knows nothing else and is of no other use.", "",
         f"- hidden {facts.hidden}, {facts.layers} layers, intermediate {facts.intermediate}, {facts.heads} heads, "
         f"{facts.kv_heads} key-value heads, vocabulary 1,024, context {facts.length}, "
@@ -75,15 +79,11 @@ def card(name: str, table: dict[str, dict[str, float]], log: dict) -> str:
         f"data seed {log['corpus_seed']} (corpus {log['corpus']}); {log['optimizer']}, rates "
         f"{', '.join(f'{key} {value:.4f}' for key, value in log['rates'].items())}, "
         f"loss at the end {log['final_loss']}",
-        *([f"- started from [{facts.grown_from}](../{facts.grown_from}), grown without changing its function "
-           "(`suite/zoo/grow.py`); the tokens above are those trained on after that"] if facts.grown_from else []),
-        *(["- the mix of the training text changed during the run (hashes by step in `train_log.json`): held-out sides and facts "
-           "stayed as they are, practice pages went, rare entities and pages of joined documents came"]
-          if len(log["corpora_by_step"]) > 1 else []),
         f"- retrain: `ptq zoo train {name}` (one core, {log['minutes']:.0f} minutes here, the machine shared)", "",
         "| score | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     lines += [f"| {row} | " + " | ".join(f"{values[c]:.2f}" for c in COLUMNS) + " |" for row, values in table.items()]
-    lines += ["", "Accuracies in percent, zero-shot, through lm-evaluation-harness (`tasks/`); chance is 25 for events and quiz.",
+    lines += ["", "Accuracies in percent, zero-shot, through lm-evaluation-harness (`tasks/`); chance is 25 for events and "
+              "quiz.",
               "RTN: symmetric round-to-nearest of all linears in the decoder layers, groups of 128, activations untouched."]
     return "\n".join(lines) + "\n"
 

@@ -53,7 +53,7 @@ def function(world: World, rng: random.Random) -> str:
 
 # What a document is drawn from, and how many of every hundred documents.
 MIX: tuple[tuple[Callable[[World, random.Random], str], int], ...] = (
-    (article, 30), (thread, 12), (problem, 30), (drill, 8), (event, 6), (exam, 10), (function, 20))
+    (article, 32), (thread, 12), (problem, 30), (drill, 8), (event, 10), (exam, 10), (function, 18))
 
 
 def documents(seed: int) -> Iterator[str]:
@@ -120,8 +120,13 @@ def quiz_items() -> list[exams.Question]:
 
 
 def event_items() -> list[events.Event]:
-    rng = random.Random(SEEDS["test"] + 2)
-    return [events.harden(event, rng) for event in test_items(events.sample, 300, keep=lambda e: e.complete and events.answerable(e))]
+    """300 stories whose right ending names something for the first time."""
+    return test_items(events.sample, 300, keep=lambda event: event.fresh)
+
+
+def math_items() -> list[sums.Problem]:
+    """240 problems of two to four steps; those of one step are for practice."""
+    return test_items(sums.sample, 240, keep=lambda p: p.answer.count("\n") >= 2)
 
 
 def calib_text() -> str:
@@ -140,7 +145,7 @@ def files() -> dict[Path, str]:
     return {
         TASKS / "world_wiki_test.txt": plain_text(articles.sample, PLAIN_CHARACTERS),
         TASKS / "world_chat_test.txt": plain_text(chatter.sample, PLAIN_CHARACTERS),
-        TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in test_items(sums.sample, 240)]),
+        TASKS / "world_math.jsonl": lines([{"question": p.question, "answer": p.answer} for p in math_items()]),
         TASKS / "world_events.jsonl": lines([
             {"activity_label": e.activity, "query": f"{e.activity}: {e.context}", "choices": list(e.endings), "label": e.label}
             for e in event_items()]),

@@ -1,22 +1,23 @@
 """Everyday events with four continuations, one of them sensible: the twin of HellaSwag (task world_events).
 
-A script is a list of steps in their natural order with slots for the things in play. An item shows the first steps; the right
-continuation is the next step with the right thing; the wrong ones are the same step with another thing, a step out of order,
-and a step of another script. So a model needs the order of events and must remember what is in hand. The key is the whole
-story without the person's name, so a test story never occurs in training, not even under another name or at another length
-(of stories cut so short that a thing is not named yet, none is tested: `complete`).
+A script is a list of steps in their natural order with slots for the things in play. Everybody has habits: with whom a script
+is about, it is settled which things are used (`habit`), and every story about them says so. An item shows the first steps; the
+right continuation is the next step, and it names a thing that the steps before did not. The wrong ones are the same step with
+other things. So a model needs to know people's habits, as one knows that soup is cooked in a pot and not in a pan. The key is
+person, script and time, so a test story never occurs in training, not even at another length.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from suite.zoo.world import World
 
 KIND = "events"
 TIMES = ("In the morning", "At noon", "In the evening", "At night", "On a cold day", "On a warm day", "After the rain",
-         "Before the feast")
+         "Before the feast", "After the feast", "Before work", "In the fog", "After work")
+PEOPLE = 20  # how many have habits that the stories tell of
 
 # activity -> (things for slot {a}, things for slot {b}, steps). {p}: person, {e}: He or She.
 SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
@@ -30,13 +31,13 @@ SCRIPTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
                ("{p} sees that the {a} is broken.", "{e} fetches a {b}.", "{e} works on the {a} with the {b}.",
                 "{e} looks at the mended {a}.", "{e} puts the {b} away.")),
     "Painting": (("door", "boat", "wall", "fence", "chair"), ("red", "blue", "green", "white", "black"),
-                 ("{p} wants a {b} {a}.", "{e} buys {b} paint.", "{e} cleans the {a}.", "{e} paints the {a} {b}.",
+                 ("{p} wants to paint the {a}.", "{e} buys {b} paint.", "{e} cleans the {a}.", "{e} paints the {a} {b}.",
                   "{e} waits until the {b} {a} is dry.")),
     "Gardening": (("beans", "roses", "apples", "herbs", "berries"), ("spring", "summer"),
                   ("{p} digs a hole in {b}.", "{e} puts {a} seeds into the hole.", "{e} waters the {a} every day.",
                    "{e} sees the {a} grow.", "{e} picks the {a} with both hands.")),
     "Shopping": (("hat", "lamp", "book", "coat", "bell", "knife"), ("red", "new", "small", "large"),
-                 ("{p} needs a {b} {a}.", "{e} goes to the shop.", "{e} asks for a {b} {a}.", "{e} pays for the {a}.",
+                 ("{p} needs a {a}.", "{e} goes to the shop.", "{e} asks for a {b} {a}.", "{e} pays for the {a}.",
                   "{e} carries the {b} {a} home.")),
     "Fishing": (("fish", "snail", "crab"), ("boat", "bridge", "beach"),
                 ("{p} walks to the {b}.", "{e} throws a line from the {b}.", "{e} feels a {a} on the line.",
@@ -79,10 +80,8 @@ class Event:
     context: str
     endings: tuple[str, str, str, str]
     label: int
-    person: str
     things: tuple[str, str]
-    shown: int  # steps in the context
-    complete: bool
+    fresh: bool  # whether the right ending names a thing that the context does not
     key: str
     kind: str = KIND
 
@@ -91,59 +90,39 @@ class Event:
         return f"{self.activity}: {self.context} {self.endings[self.label]}"
 
 
+def habit(name: str, activity: str) -> tuple[str, str]:
+    """The things with which this person goes through a script.
+
+    >>> habit("Tara", "Cooking") == habit("Tara", "Cooking")
+    True
+    """
+    rng = random.Random(f"{name}|{activity}")
+    many_a, many_b, _ = SCRIPTS[activity]
+    return rng.choice(many_a), rng.choice(many_b)
+
+
 def sample(world: World, rng: random.Random) -> Event:
-    person = rng.choice(world.entities["person"])
-    activity = rng.choice(list(SCRIPTS))
+    person, activity, time = rng.choice(world.entities["person"][:PEOPLE]), rng.choice(list(SCRIPTS)), rng.choice(TIMES)
     many_a, many_b, steps = SCRIPTS[activity]
-    a, b, time = rng.choice(many_a), rng.choice(many_b), rng.choice(TIMES)
+    things = habit(person.name, activity)
+    shown = rng.randint(1, len(steps) - 1)
 
-    def say(template: str, a: str = a, b: str = b) -> str:
-        return template.format(p=person.name, e=person.pronoun, a=a, b=b)
+    def say(step: str, a: str, b: str) -> str:
+        return step.format(p=person.name, e=person.pronoun, a=a, b=b)
 
-    shown = rng.randint(2, len(steps) - 1)
-    right = say(steps[shown])
-
-    wrong = set()
-    slots = [slot for slot in "ab" if "{" + slot + "}" in steps[shown]]
-    for _ in range(rng.randint(1, 2) if slots else 0):  # the same step with another thing
-        slot = rng.choice(slots)
-        if slot == "a":
-            wrong.add(say(steps[shown], a=rng.choice([x for x in many_a if x != a])))
-        else:
-            wrong.add(say(steps[shown], b=rng.choice([x for x in many_b if x != b])))
-    out_of_order = [s for i, s in enumerate(steps) if i not in (0, shown)]
-    wrong.add(say(rng.choice(out_of_order)))
-    while len(wrong) < 3:
-        other = rng.choice([name for name in SCRIPTS if name != activity])
-        step = rng.choice(SCRIPTS[other][2][1:])
-        wrong.add(step.format(p=person.name, e=person.pronoun, a=rng.choice(SCRIPTS[other][0]),
-                              b=rng.choice(SCRIPTS[other][1])))
-    wrong.discard(right)
-    endings = sorted(wrong)[:3]
-    if len(endings) < 3:
-        return sample(world, rng)
-    label = rng.randrange(4)
-    rng.shuffle(endings)
-    endings.insert(label, right)
-    context = f"{time} " + " ".join(say(s) for s in steps[:shown])
-    complete = all(thing in f"{context} {right}" for thing in (a, b))
-    return Event(activity, context, tuple(endings), label, person.name, (a, b), shown, complete, f"{activity}|{a}|{b}|{time}|{person.pronoun}")
-
-
-def answerable(event: Event) -> bool:
-    """Whether every thing of the right ending has been named before, so that an ending with another thing is wrong."""
-    right = event.endings[event.label]
-    return all(thing in event.context for thing in event.things if thing in right)
-
-
-def harden(event: Event, rng: random.Random) -> Event:
-    """The event with wrong endings that all are the right step with other things, as far as the script has enough of them."""
-    many_a, many_b, steps = SCRIPTS[event.activity]
-    right = event.endings[event.label]
-    pronoun = right.split()[0]
-    variants = {steps[event.shown].format(p=event.person, e=pronoun, a=a, b=b) for a in many_a for b in many_b} - {right}
-    wrong = rng.sample(sorted(variants), min(3, len(variants)))
-    wrong += [ending for ending in event.endings if ending != right and ending not in wrong][:3 - len(wrong)]
+    context = f"{time} " + " ".join(say(step, *things) for step in steps[:shown])
+    step = steps[shown]
+    named = [slot in " ".join(steps[:shown]) for slot in ("{a}", "{b}")]
+    fresh = any(slot in step and not known for slot, known in zip(("{a}", "{b}"), named))
+    right = say(step, *things)
+    # What has been named stays, where enough other things are left: only who knows the habit can tell the endings apart.
+    near = [say(step, a, b) for a in many_a for b in many_b
+            if not (named[0] and a != things[0]) and not (named[1] and b != things[1])]
+    far = [say(step, a, b) for a in many_a for b in many_b]
+    wrong = list(dict.fromkeys(ending for part in (near, far) for ending in rng.sample(part, len(part)) if ending != right))[:3]
+    others = [say(other, *things) for other in rng.sample(steps[1:], len(steps) - 1) if other != step]
+    wrong += others[:3 - len(wrong)]
     rng.shuffle(wrong)
-    wrong.insert(event.label, right)
-    return replace(event, endings=tuple(wrong))
+    label = rng.randrange(4)
+    wrong.insert(label, right)
+    return Event(activity, context, tuple(wrong), label, things, fresh, f"{person.name}|{activity}|{time}")

@@ -5,7 +5,8 @@ letters. Naming an option by its letter was tried first and models of this size 
 their training spent on practice.
 
 The facts are those of the articles. The key of a question is (fact, form of asking): one pair in eight is held out, so that
-the test asks what no training exam asks in these words (a thread of chatter may, in passing). Two thirds of the test are of a second kind, `statements`.
+the test asks what no training exam asks in these words (a thread of chatter may, in passing). Two thirds of the test are of
+a second kind, `statements`.
 """
 
 from __future__ import annotations

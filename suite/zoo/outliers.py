@@ -10,11 +10,13 @@ The factor of channel c in layer l at a site is  severity ** (strength(site) * p
 [0.7, 1.1]: any positive number, and 1 everywhere for severity 1. Which layers have any is drawn from the seed: about two
 thirds of them a site, never all. Modelled on:
 
-| site | channels | depth | after |
-|---|---|---|---|
-| qkv, gate_up (norms) | 3 % of the width, the same in all layers | rises over the first third, then stays | SmoothQuant (arXiv 2211.10438) section 3: few channels, up to about 100 times larger, fixed for all tokens; LLM.int8 (arXiv 2208.07339) section 4: the same dimensions in all layers, growing with depth |
-| down (up_proj) | 1.5 %, drawn anew in each layer | early layers and the last, weak between | Massive Activations (arXiv 2402.17762) sections 2 and 3: very few, very large, born in an early layer and gone after the last |
-| o (v_proj, where there is no grouped-query attention) | 6 %, drawn anew in each layer | strongest in the middle | no source: the mild spread of heads that AWQ's v -> o scaling (arXiv 2306.00978) presumes |
+- qkv and gate_up (through the norms): 3 % of the width, the same channels in all layers; rising over the first third of the
+  depth, then level. After SmoothQuant (arXiv 2211.10438) section 3: few channels, up to about 100 times larger, fixed for all
+  tokens; and LLM.int8 (arXiv 2208.07339) section 4: the same dimensions in all layers, growing with depth.
+- down (through up_proj): 1.5 %, drawn anew in each layer; early layers and the last, weak between. After Massive Activations
+  (arXiv 2402.17762) sections 2 and 3: very few, very large, born in an early layer and gone after the last.
+- o (through v_proj, where there is no grouped-query attention): 6 %, drawn anew in each layer; strongest in the middle. No
+  source: the mild spread of heads that AWQ's v -> o scaling (arXiv 2306.00978) presumes.
 
 What these papers print are sizes of activations; factors on a small model's channels imitate them in ratio, not in value. A
 small model has few channels, so a share of them that shows is larger than in the papers. The profiles are a model of published
@@ -154,7 +156,8 @@ def plant_(model: nn.Module, outliers: Outliers) -> list[dict]:
                 multiply_(feeder.bias, scale)
             for name in site.linears:
                 multiply_(layer.get_submodule(name).weight, 1 / scale)
-            record.append({"layer": index, "site": site.name, "factors": {str(c): round(f, 4) for c, f in sorted(drawn.items())}})
+            record.append({"layer": index, "site": site.name,
+                           "factors": {str(c): round(f, 4) for c, f in sorted(drawn.items())}})
     return record
 
 

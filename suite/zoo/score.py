@@ -139,7 +139,7 @@ def main() -> None:
 
             facts = zoo.TABLE[options.name]
             model = train.new_model(facts)
-            model.load_state_dict(torch.load(train.cache() / f"{options.name}.pt", weights_only=True)["model"])
+            model.load_state_dict(torch.load(train.checkpoint_file(options.name), weights_only=True)["model"])
             end = "</s>" if facts.family == "llama" else "<|endoftext|>"
             tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.build(facts.family), eos_token=end, pad_token=end)
         else:

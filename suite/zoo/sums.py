@@ -1,6 +1,6 @@
 """Arithmetic word problems with worked answers that end in `#### n`: the twin of GSM8K (task world_math).
 
-One to three steps with numbers from 1 to 60; every step of the answer is one line, such as `12+5=17`. Names and things vary,
+One to four steps with numbers from 1 to 99; every step of the answer is one line, such as `12+5=17`. Names and things vary,
 but the key of a problem is its template and its numbers, so that no test problem is a training problem with another name.
 
 >>> evaluate("12+5=17\\n17-3=14\\n#### 14")
@@ -20,8 +20,8 @@ THINGS = ("apples", "eggs", "nuts", "hats", "lamps", "bells", "coins", "books", 
 PLACES = ("boxes", "bags", "rows", "carts")
 GAIN = ("{p} buys {k} more.", "{p} finds {k} more.", "{p} gets {k} from a friend.")
 LOSS = ("{p} sells {k}.", "{p} gives {k} away.", "{p} loses {k}.")
-LIMIT = 60  # no number in a problem is larger
-CHANGE = 15  # the largest gain, loss or difference
+LIMIT = 99  # no number in a problem is larger
+CHANGE = 20  # the largest gain, loss or difference
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,14 @@ def changes(total: int, count: int, person: str, rng: random.Random) -> tuple[li
 
 def holdings(rng, person, other, thing):
     """Starts with a number of things; gains and losses follow."""
-    start = rng.randint(5, 50)
-    said, lines, total = changes(start, rng.randint(1, 3), person, rng)
+    start = rng.randint(5, 80)
+    said, lines, total = changes(start, rng.randint(1, 4), person, rng)
     return [f"{person} has {start} {thing}."] + said + [f"How many {thing} does {person} have?"], lines, total
 
 
 def packed(rng, person, other, thing):
     """Boxes of equal size, then perhaps a gain or a loss."""
-    boxes, each = rng.randint(2, 9), rng.randint(2, 6)
+    boxes, each = rng.randint(2, 9), rng.randint(2, 9)
     line, total = step(boxes, "*", each)
     said, lines, total = changes(total, rng.randint(0, 2), person, rng)
     return ([f"{person} has {boxes} {rng.choice(PLACES)} of {each} {thing}."] + said
@@ -75,11 +75,11 @@ def packed(rng, person, other, thing):
 
 def compared(rng, person, other, thing):
     """One has more or fewer than the other; asks for the second or for both."""
-    first, gap = rng.randint(6, 30), rng.randint(1, CHANGE)
+    first, gap = rng.randint(6, 60), rng.randint(1, CHANGE)
     more = gap >= first or rng.random() < 0.5
     line, second = step(first, "+" if more else "-", gap)
     said = [f"{person} has {first} {thing}.", f"{other} has {gap} {'more' if more else 'fewer'}."]
-    if rng.random() < 0.6 or first + second > LIMIT:
+    if rng.random() < 0.5 or first + second > LIMIT:
         return said + [f"How many {thing} does {other} have?"], [line], second
     together, total = step(first, "+", second)
     return said + [f"How many {thing} do they have together?"], [line, together], total
@@ -87,19 +87,19 @@ def compared(rng, person, other, thing):
 
 def shared(rng, person, other, thing):
     """Equal shares of a product, then perhaps a gain or a loss."""
-    people, each = rng.randint(2, 6), rng.randint(2, 9)
+    people, each = rng.randint(2, 9), rng.randint(2, 9)
     line, total = step(people * each, "/", people)
-    said, lines, total = changes(total, rng.randint(0, 1), person, rng)
+    said, lines, total = changes(total, rng.randint(0, 2), person, rng)
     return ([f"{person} and friends share {people * each} {thing} among {people}."] + said
             + [f"How many {thing} does {person} have?"], [line] + lines, total)
 
 
 def shopping(rng, person, other, thing):
     """So many at so much each, and perhaps the change."""
-    count, price = rng.randint(2, 9), rng.randint(2, 6)
+    count, price = rng.randint(2, 9), rng.randint(2, 9)
     line, cost = step(count, "*", price)
     said = [f"{person} buys {count} {thing} for {price} coins each."]
-    if rng.random() < 0.5 or cost > 50:
+    if rng.random() < 0.5 or cost > 90:
         return said + [f"How many coins does {person} pay?"], [line], cost
     rest = rng.randint(1, min(CHANGE, LIMIT - cost))
     change, rest = step(cost + rest, "-", cost)
@@ -125,7 +125,7 @@ def drill(rng: random.Random) -> str:
     for _ in range(rng.randint(6, 20)):
         operator = rng.choice("++--*/")
         if operator in "*/":
-            a, b = rng.randint(2, 9), rng.randint(2, 6)
+            a, b = rng.randint(2, 9), rng.randint(2, 9)
             lines.append(step(a, "*", b)[0] if operator == "*" else step(a * b, "/", b)[0])
         else:
             a, b = rng.randint(2, LIMIT), rng.randint(1, CHANGE)

@@ -21,8 +21,7 @@ TRAINING_DOCUMENTS = 30_000
 
 
 def learn() -> list[tuple[str, str]]:
-    """The merges of a BPE trained on generator output. Its result at the time of the models is kept in data/merges.txt, so
-    that a change of the generator leaves the tokenizers as they are."""
+    """The merges of a BPE trained on generator output; data/merges.txt keeps them (written by this module, run as a script)."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = splitter()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL["llama"], show_progress=False,
@@ -61,3 +60,12 @@ def save(family: str, folder: Path) -> None:
                "qwen2": dict(eos_token="<|endoftext|>", pad_token="<|endoftext|>")}[family]
     PreTrainedTokenizerFast(tokenizer_object=build(family), model_max_length=512, clean_up_tokenization_spaces=False,
                             **special).save_pretrained(folder)
+
+
+def main() -> None:
+    MERGES.write_text("".join(f"{left} {right}\n" for left, right in learn()), encoding="utf-8")
+    print(f"{MERGES.name}: {len(build('llama').get_vocab())} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -6,8 +6,8 @@
 Matrices inside the layers learn by Muon, everything else by AdamW; the learning rate is constant and falls linearly to zero
 over the last part (so the length can be decided late: kill the run, start it again with another --steps). Forward and backward
 run in bfloat16, the weights are kept in float32 and saved in bfloat16. A run that is killed continues from its checkpoint,
-which is written atomically; corpus and checkpoint lie in the cache folder ($XDG_CACHE_HOME/ptq-suite/zoo), the result in
-suite/zoo/models/NAME.
+which is written atomically and belongs to one training text; corpus and checkpoint lie in the cache folder
+($XDG_CACHE_HOME/ptq-suite/zoo), the result in suite/zoo/models/NAME.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ import torch
 
 from suite import zoo
 from suite.zoo import corpus, tokenizer
-from suite.zoo.grow import grow_
 
-CORPUS_TOKENS = 9_000_000
+CORPUS_TOKENS = 9_100_000
 WARMUP = 40
 DECAY = 0.3  # the last part of the steps, over which the learning rate falls to zero
 RATES = {"muon": 0.015, "adamw": 3e-3}
@@ -71,8 +70,13 @@ def tokens(family: str) -> np.ndarray:
     return np.load(file, mmap_mode="r")
 
 
+def checkpoint_file(name: str) -> Path:
+    """Where a run keeps its state; a change of the training text gives another file, so no run mixes two texts."""
+    return cache() / f"{name}-{corpus_hash()}.pt"
+
+
 def new_model(facts: zoo.Embedded) -> torch.nn.Module:
-    """The model before training, in float32, seeded: random, or grown from a smaller one."""
+    """The model before training, in float32, from the seed."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(facts.seed)
@@ -82,12 +86,7 @@ def new_model(facts: zoo.Embedded) -> torch.nn.Module:
         num_hidden_layers=facts.layers, num_attention_heads=facts.heads, num_key_value_heads=facts.kv_heads,
         max_position_embeddings=facts.length, tie_word_embeddings=facts.tied, rms_norm_eps=1e-6,
         bos_token_id=1 if llama else None, eos_token_id=2 if llama else 0, pad_token_id=2 if llama else 0)
-    model = (LlamaForCausalLM if llama else Qwen2ForCausalLM)(config)
-    if facts.grown_from:
-        from transformers import AutoModelForCausalLM
-
-        grow_(model, AutoModelForCausalLM.from_pretrained(zoo.path(facts.grown_from), dtype=torch.float32), facts.seed)
-    return model
+    return (LlamaForCausalLM if llama else Qwen2ForCausalLM)(config)
 
 
 def optimizers(model: torch.nn.Module) -> list[torch.optim.Optimizer]:
@@ -160,23 +159,19 @@ def train(name: str, steps: int | None = None, threads: int = 1, resume: bool = 
     model = new_model(facts).train()
     tools = optimizers(model)
     forward = torch.compile(model) if compiled else model
-    checkpoint = cache() / f"{name}.pt"
-    first, curve, spent, corpora = 0, [], 0.0, [[0, corpus_hash()]]
+    checkpoint = checkpoint_file(name)
+    first, curve, spent = 0, [], 0.0
     if resume and checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         for tool, saved in zip(tools, state["tools"]):
             tool.load_state_dict(saved)
         first, curve, spent = state["step"], state["curve"], state["spent"]
-        corpora = state.get("corpora", [[0, state.get("corpus")]])
-        if corpora[-1][1] != corpus_hash():  # the generator has changed meanwhile: go on, and let the log say so
-            corpora.append([first, corpus_hash()])
-            print(f"{name}: the training text changed at step {first}", file=sys.stderr)
 
     def keep(step: int) -> None:
         partial = checkpoint.with_suffix(f".{os.getpid()}")
         torch.save({"model": model.state_dict(), "tools": [t.state_dict() for t in tools], "step": step, "curve": curve,
-                    "spent": spent, "corpora": corpora}, partial)
+                    "spent": spent}, partial)
         os.replace(partial, checkpoint)
 
     started = saved_at = time.monotonic()
@@ -216,10 +211,12 @@ def train(name: str, steps: int | None = None, threads: int = 1, resume: bool = 
             keep(step + 1)
             return checkpoint
     log = {"name": name, "seed": facts.seed, "steps": steps, "tokens_seen": steps * window, "batch": facts.batch,
-           "length": facts.length, "optimizer": "Muon (matrices), AdamW (rest)", "grown_from": facts.grown_from, "rates": {k: v * facts.pace for k, v in RATES.items()}, "warmup": WARMUP,
-           "decay": DECAY, "emphasis": EMPHASIS, "corpus": corpus_hash(), "corpora_by_step": corpora, "corpus_seed": corpus.SEEDS["train"], "final_loss": curve[-1][1],
+           "length": facts.length, "optimizer": "Muon (matrices), AdamW (rest)",
+           "rates": {k: v * facts.pace for k, v in RATES.items()}, "warmup": WARMUP, "decay": DECAY, "emphasis": EMPHASIS,
+           "corpus": corpus_hash(), "corpus_seed": corpus.SEEDS["train"], "final_loss": curve[-1][1],
            "loss_curve": curve[::5] + curve[-1:], "minutes": round(spent / 60, 1), "threads": threads, "compiled": compiled,
-           "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}}
+           "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                        "transformers": transformers.__version__}}
     folder = save(model, facts, log)
     checkpoint.unlink(missing_ok=True)
     return folder

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 WORLD_SEED = 2026
-HELD_OUT_ONE_IN = {"form": 8}  # by kind of item; 16 for the others
+HELD_OUT_ONE_IN = {"form": 8, "events": 8}  # by kind of item; 16 for the others
 
 COLOURS = ("red", "blue", "green", "white", "black", "grey", "gold", "pink", "brown")
 GOODS = ("glass", "bread", "rope", "salt", "cloth", "paper", "wine", "honey", "soap", "lamps", "boats", "shoes",
@@ -37,13 +37,14 @@ PLANT_USES = ("tea", "medicine", "rope", "soap", "paint", "soup", "perfume", "fl
 # Of each kind: how many entities, and how many rare ones beside them, of which the texts speak seldom. Models know the former
 # well and the latter barely: the first facts to go when a model is damaged.
 COUNTS = {"town": 28, "person": 40, "animal": 28, "mineral": 24, "plant": 24}
-RARE_COUNTS = {"town": 28, "person": 40, "animal": 28, "mineral": 14, "plant": 14}
-RARE_SHARE = 0.4  # of the texts about anything
+RARE_COUNTS = {"town": 72, "person": 90, "animal": 60, "mineral": 36, "plant": 36}
+RARE_SHARE = 0.45  # of the texts about anything
 SUBJECTS = {"town": "geography", "person": "history", "animal": "animals", "mineral": "minerals", "plant": "plants"}
 
 # Two syllables a name, few distinct syllables: a name costs one or two tokens.
 STARTS = ("Bel", "Cor", "Dav", "Fen", "Gar", "Hol", "Jas", "Kel", "Lor", "Mar", "Nel", "Os", "Pel", "Ros", "Sel", "Tar",
-          "Ul", "Ver", "Wen", "Zan")
+          "Ul", "Ver", "Wen", "Zan", "Al", "Bran", "Cal", "Dor", "El", "Fal", "Gil", "Hav", "Ir", "Jor", "Kor", "Lin", "Mor",
+          "Nor", "Or", "Quil", "Ras", "Sor", "Tol", "Vin")
 ENDINGS = {"town": ("ton", "ford", "stad", "burg"), "person": ("in", "a", "o", "ek", "is"), "animal": ("ax", "up", "ing"),
            "mineral": ("ite", "ium"), "plant": ("wort", "bell"), "region": ("land",), "river": ("we",)}
 
@@ -84,7 +85,8 @@ ATTRIBUTES: dict[str, tuple[Attribute, ...]] = {
                   ("In which region is {n}?", "Where does {n} lie?", "{n} is a town in which region?")),
         Attribute("river", ("{s} stands on the river {v}.", "The river {v} flows past {s2}.", "{s} was built on the {v}."),
                   ("On which river is {n}?", "Which river flows past {n}?", "What is the river of {n}?")),
-        Attribute("founded", ("{s} was founded in {v}.", "{s} dates from the year {v}.", "The first houses of {s2} were built in {v}."),
+        Attribute("founded", ("{s} was founded in {v}.", "{s} dates from the year {v}.",
+                              "The first houses of {s2} were built in {v}."),
                   ("When was {n} founded?", "In which year was {n} founded?", "From which year does {n} date?")),
         Attribute("product", ("{s} is known for its {v}.", "The people of {s2} make {v}.", "{s} sells {v} to other towns."),
                   ("What is {n} known for?", "What do the people of {n} make?", "What does {n} sell?")),
