@@ -493,6 +493,24 @@ def task_manager(metadata: Mapping[str, Any] | None = None, include_defaults: bo
                                      metadata=dict(metadata or {}))
 
 
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars that lm-eval draws whatever the settings say."""
+    import lm_eval.api.model
+    import lm_eval.api.task
+    import lm_eval.models.huggingface
+
+    modules = (lm_eval.api.model, lm_eval.api.task, lm_eval.models.huggingface)
+    bars = [module.tqdm for module in modules]
+    for module, bar in zip(modules, bars):
+        module.tqdm = lambda *args, bar=bar, **named: bar(*args, **{**named, "disable": True})
+    try:
+        yield
+    finally:
+        for module, bar in zip(modules, bars):
+            module.tqdm = bar
+
+
 def run_lm_eval(argv: Sequence[str]) -> None:
     """lm-eval's own command line, with the model `ptq` and the suite's tasks registered.
 
@@ -516,7 +534,7 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     if args.command == "run":
         _complete(args)
     mine = ours()
-    with _indexing(args, mine):
+    with _indexing(args, mine), contextlib.nullcontext() if sys.stderr.isatty() else no_bars():
         try:
             parser.execute(args)
         except ValueError as error:

@@ -7,7 +7,6 @@ task in progress and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import hashlib
@@ -705,22 +704,12 @@ class Runner:
         return outcome_of(name, evaluate_quietly(self._harness, tests, name))
 
 
-@contextlib.contextmanager
-def _no_bars():
-    """Without the bar that lm-eval draws while it builds requests, and for which it has no switch."""
-    import lm_eval.api.task as module
-
-    bars, module.tqdm = module.tqdm, lambda iterable, **_: iterable
-    try:
-        yield
-    finally:
-        module.tqdm = bars
-
-
 def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]:
     """lm-eval's results of one task, from fixed seeds, without its progress bars: they heed no setting, and the suite
     has a line of its own."""
     from lm_eval.evaluator import evaluate
+
+    from suite.adapter import no_bars
 
     for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         silent = functools.partial(getattr(type(harness), request), harness, disable_tqdm=True)
@@ -728,7 +717,7 @@ def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["other"])
     torch.manual_seed(_SEEDS["other"])
-    with _no_bars():
+    with no_bars():
         return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
                         bootstrap_iters=1000)
 

@@ -222,9 +222,9 @@ class Store:
 
     def check_writable(self) -> None:
         """Raises PTQError if the results folder cannot be written: to be called before any work begins."""
+        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.exists())
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.root, suffix=".tmp"):
+            with tempfile.NamedTemporaryFile(dir=there, suffix=".tmp"):  # the folder itself is made with the first result
                 pass
         except OSError as error:
             raise PTQError(f"the results folder {self.root} cannot be written ({error.strerror}): "
