@@ -42,9 +42,9 @@ class Embedded:
 
 TABLE: dict[str, Embedded] = {model.name: model for model in (
     Embedded("tiny-llama-s", "llama", 128, 4, 384, 4, 2, True, steps=4400, batch=4),
-    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=3000, batch=4, pace=0.8),
+    Embedded("tiny-llama-m", "llama", 256, 8, 640, 8, 4, False, steps=2000, batch=4, pace=0.8),
     Embedded("tiny-qwen-s", "qwen2", 128, 4, 384, 4, 4, True, steps=3600, batch=4),
-    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=3000, batch=4, pace=0.8),
+    Embedded("tiny-qwen-m", "qwen2", 256, 8, 640, 8, 8, True, steps=2000, batch=4, pace=0.8),
 )}
 
 
