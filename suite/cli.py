@@ -574,7 +574,8 @@ def reproduce(
             outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
     for outcome in outcomes:
         note(outcome.note)
-        written = report.write(store, outcome.setting, outcome.methods, outcome.tasks)
+        # A sweep is drawn as one figure; `ptq report` makes the tables of its severities from their records.
+        written = [] if steps else report.write(store, outcome.setting, outcome.methods, outcome.tasks)
         click.echo(report.terminal_table(store, outcome.setting, written, outcome.methods, outcome.tasks))
     plain = outcomes[0]
     for task in plain.tasks if steps else ():
