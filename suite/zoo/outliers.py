@@ -23,9 +23,7 @@ small model has few channels, so a share of them that shows is larger than in th
 observations, not a measurement of any named checkpoint: results on such a model must be called planted.
 
 Severity 8 gives factors of about 9 to 30 at the norms of late layers (16: 20 to 100), which is what SmoothQuant's figures show.
-Perplexity of round-to-nearest on world_wiki, W4A8 in groups of 128, seed 0, 6 windows, at severity 1, 8, 16, 30:
-tiny-llama-s 1.84, 1.92, 2.02, 3.81; tiny-llama-m 1.82, 1.83, 1.86, 2.53; tiny-qwen-s 1.84, 1.86, 1.92, 3.12; tiny-qwen-m
-1.81, 1.82, 1.84, 2.04.
+What that does to each method is drawn in results/<model>/*-severity.png.
 
 >>> parse("tiny-llama-m@outliers=8,seed=1")
 ('tiny-llama-m', Outliers(severity=8.0, seed=1))
