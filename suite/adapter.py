@@ -30,7 +30,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from suite import arch, checkpoint, hub, kv, models, paths, walk, windows
+from suite import arch, checkpoint, hub, kv, models, paths, plugins, walk, windows
 from suite import calib as calibration
 from suite import method as methods
 from suite.errors import PTQError, unknown
@@ -58,7 +58,7 @@ _REFUSED = {
 }
 _HFLM_DEFAULTS = {name: p.default for name, p in inspect.signature(HFLM.__init__).parameters.items()
                   if name not in ("self", "pretrained") and p.kind is not p.VAR_KEYWORD}
-_OWN = ("pretrained", "method", "calib", "kvbits", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration")
+_OWN = ("pretrained", "method", "plugin", "calib", "kvbits", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration")
 
 
 class PTQ(HFLM):
@@ -68,6 +68,7 @@ class PTQ(HFLM):
     copied before it is quantized). method: its name; None leaves the model as it is. calib, nsamples, seqlen, seed:
     the calibration text, by default the embedded one (for a model of the hub, WikiText-2's training text). mode:
     "matched", or "native" for the method's published setting.
+    plugin: a file with a method of your own, see `suite.plugins.load`.
     kvbits: 2 to 8 round the key-value cache, with or without a method.
     allow_eval_calibration: let a window task run on the very text the model was calibrated on; its result says so.
     batch_size: None or "auto" on a processor: as many sequences as keep it busy. Other arguments: `HFLM`'s, and the
@@ -84,9 +85,12 @@ class PTQ(HFLM):
 
     def __init__(self, pretrained: str | nn.Module, method: str | None = None, calib: str | None = None,
                  nsamples: int | None = None, seqlen: int | None = None, seed: int | None = None, mode: str = "matched",
-                 kvbits: int | None = None, allow_eval_calibration: bool = False, batch_size: int | str | None = None,
+                 kvbits: int | None = None, allow_eval_calibration: bool = False, plugin: str | None = None,
+                 batch_size: int | str | None = None,
                  device: str | None = None, dtype: str | torch.dtype | None = None, revision: str | None = None,
                  tokenizer: Any = None, **arguments: Any):
+        if plugin is not None:
+            plugins.load(plugin)
         harness, options = _sort(method, arguments)
         configured, published = _configured(method, mode, options)
         calibrated = {"calib": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
@@ -171,7 +175,12 @@ class PTQ(HFLM):
             "max_length": self.max_length, "truncation": self.truncation,
             "add_bos_token": self.add_bos_token, "prefix_token_id": self.prefix_token_id,
             "kvbits": kv.bits_of(self.model),
+            **({"plugins": code} if (code := self._code) else {}),
         }
+
+    @property
+    def _code(self) -> dict[str, str]:
+        return {} if self._configured is None else plugins.code_of(methods.to_config(self._configured))
 
     @cached_property
     def _digest(self) -> str:

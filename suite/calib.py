@@ -14,6 +14,7 @@ from suite import hub
 from suite.errors import PTQError, unknown
 
 EMBEDDED = "embedded"
+BATCH_TOKENS = 8192
 
 
 def usual_size(source: str) -> tuple[int, int]:
@@ -27,6 +28,7 @@ class Calibration:
 
     tokens (n, t) int64; source: the name they came from; digest: sha256 of the tokens, the identity in records;
     text_digest: sha256 of the text they were cut from, by which a run on the evaluated text is recognised.
+    batch_tokens: how many are run at once; moves results by round-off only, so it is no part of the identity.
     """
 
     tokens: Tensor
@@ -34,15 +36,16 @@ class Calibration:
     digest: str
     text_digest: str
     seed: int
+    batch_tokens: int = BATCH_TOKENS
 
     @property
     def identity(self) -> dict:
         n, t = self.tokens.shape
         return {"source": self.source, "digest": self.digest, "nsamples": n, "seqlen": t, "seed": self.seed}
 
-    def step(self, tokens_per_batch: int = 8192) -> int:
-        """Sequences per batch: about `tokens_per_batch` tokens."""
-        return max(1, tokens_per_batch // self.tokens.shape[1])
+    def step(self) -> int:
+        """Sequences per batch: about `batch_tokens` tokens."""
+        return max(1, self.batch_tokens // self.tokens.shape[1])
 
     def sequences(self, tokens: int) -> int:
         """How many sequences hold at least `tokens` tokens, in whole batches, so that batches stay the same; at most all."""

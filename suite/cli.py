@@ -6,8 +6,10 @@ escapes is a bug, and shows its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
+import logging
 import os
 import re
 import sys
@@ -50,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
 # What an interruption leaves behind, by command.
 _KEPT = {
     "reproduce": ": results already measured are kept, and the same command continues from there",
+    "compare": ": results already measured are kept, and the same command continues from there",
+    "save": ": no baseline was written; results already measured are kept, and the same command continues from there",
     "quantize": ": no model was written, and the same command continues from what it kept",
     "train": ": the same command continues from the last checkpoint",
 }
@@ -189,6 +193,28 @@ CALIBRATION = (
 )
 
 
+def _load_plugins(context, parameter, paths):
+    if paths:
+        from suite import plugins
+
+        for path in paths:
+            plugins.load(path)
+
+
+# Loaded before the command begins, so that its names are known to whatever follows; no command sees the option itself.
+PLUGIN = (
+    click.option(
+        "--plugin",
+        metavar="FILE",
+        multiple=True,
+        expose_value=False,
+        is_eager=True,
+        callback=_load_plugins,
+        help="A Python file with a method of your own; may be repeated.",
+    ),
+)
+
+
 def options(*groups):
     """Several groups of options on one command, in the order given."""
 
@@ -226,7 +252,7 @@ def commands():
 )
 @click.option("--method", required=True, metavar="METHOD", help="A name of `ptq ls methods`, or TRANSFORM+ROUNDING.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the quantized model.")
-@options(SCHEME, CALIBRATION)
+@options(SCHEME, CALIBRATION, PLUGIN)
 @click.option(
     "--set",
     "extra",
@@ -276,6 +302,7 @@ def quantize(
       ptq quantize --model tiny-llama-m --method cka-hybrid --pool gptq,smoothquant+gptq --metric mse --out /tmp/mse
       ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib t.txt --out /tmp/g
       ptq quantize --model tiny-llama-s --method spinquant --abits 4 --kvbits 4 --variant had --out /tmp/spin
+      ptq quantize --model tiny-llama-s --method my_method --plugin my_method.py --out /tmp/mine
     """
     given = {
         "wbits": wbits,
@@ -305,7 +332,7 @@ def quantize(
     check_out(out, overwrite)
 
     from suite import calib as calibration
-    from suite import checkpoint, kv, models, resume, walk, windows
+    from suite import checkpoint, kv, models, plugins, resume, walk, windows
     from suite.progress import Progress
     from suite.provenance import version
 
@@ -328,6 +355,7 @@ def quantize(
         "scheme": str(configured.scheme),
         "mode": mode,
         "calibration": sequences.identity,
+        **({"plugins": code} if (code := plugins.code_of(to_config(configured))) else {}),
     }
     whole = {
         **made,
@@ -453,14 +481,18 @@ def ppl(model, text, window, max_tokens, revision, as_json):
     add_help_option=False,
 )
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+@options(PLUGIN)
 def lm_eval(arguments):
-    """Run lm-evaluation-harness with the model `ptq` and the suite's tasks; everything that follows is lm-eval's own.
+    """Run lm-evaluation-harness with the model `ptq` and the suite's tasks; everything that follows is lm-eval's own,
+    but for --plugin FILE, a Python file with a method of your own.
 
     \b
     Examples:
       ptq lm-eval run --model ptq --model_args pretrained=tiny-llama-s,method=gptq,wbits=4,abits=8 \\
           --tasks world_math,world_wiki_ppl
       ptq lm-eval run --model ptq --model_args pretrained=/tmp/hybrid --tasks world_events --limit 20
+      ptq lm-eval run --plugin my_method.py --model ptq --model_args pretrained=tiny-llama-s,method=my_method \\
+          --tasks world_math
       ptq lm-eval ls tasks
     """
     if arguments in (("--help",), ("-h",), ()):
@@ -486,7 +518,7 @@ def lm_eval(arguments):
 @click.option(
     "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
 )
-@options(SCHEME, CALIBRATION)
+@options(SCHEME, CALIBRATION, PLUGIN)
 @click.option(
     "--severities",
     type=Words(),
@@ -536,6 +568,7 @@ def reproduce(
       ptq reproduce tiny-llama-m@outliers=8,seed=1 --methods fp16,gptq,smoothquant,cka-hybrid
       ptq reproduce tiny-qwen-m --wbits 3 --tasks world_wiki_ppl,world_math
       ptq reproduce tiny-llama-m --severities 2,4,8,16,32
+      ptq reproduce tiny-llama-s --plugin my_method.py --methods fp16,gptq,my_method,awq+my_method
       ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
     """
     steps = [_severity(word) for word in severities or ()]
@@ -679,12 +712,257 @@ def rotations(model, abits, wbits, seeds, variant, workers, results):
     click.echo(f"{measured} results measured, {found} found in {results}")
 
 
+# ---------------------------------------------------------------------------------------------- a method of one's own
+
+REPORTS = (
+    click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, and nothing else there."),
+    click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write a JUnit file too."),
+)
+MEASURING = (
+    click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [as `ptq reproduce`]"),
+    click.option("--fast", is_flag=True, help="64 documents or windows of each task, 16 calibration sequences."),
+    click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task."),
+    click.option(
+        "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+    ),
+    click.option(
+        "--repeats",
+        type=click.IntRange(min=0),
+        default=2,
+        show_default=True,
+        help="Further calibration seeds for the noise floor; 0: it is not measured.",
+    ),
+    click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]"),
+    click.option("--revision", help="Of a model of the hub."),
+)
+
+
+@commands.command()
+@click.argument("method")
+@click.option("--checks", type=Words(), help="Only these checks.  [all]")
+@options(PLUGIN, REPORTS)
+def check(method, checks, as_json, junit):
+    """Check that a method keeps the contract: purity, coverage, grids, bits, errors, ..., on small random models.
+
+    Each failure says what is wrong and where to look. A method may declare a failure that it cannot avoid:
+    expected_failures = {"check": "reason"}; it is shown as such. Exit status: 1 if any check fails, 2 on an error.
+
+    \b
+    Examples:
+      ptq check my_method --plugin my_method.py
+      ptq check gptq --checks purity,grid
+      ptq check awq+my_method --plugin my_method.py --junit checks.xml
+    """
+    from suite import testing
+    from suite.progress import Progress
+    from suite.report import verdicts
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model in memory
+    done = []
+    with Progress(f"checking {method}") as progress:
+        for outcome in testing.run_checks(method, checks):
+            done.append(outcome)
+            progress(len(done), sum(len(testing.CHECKS[name].toys) for name in checks or testing.CHECKS), outcome.check)
+    _report(junit, verdicts.checks_junit(method, done))
+    click.echo((verdicts.checks_json if as_json else verdicts.checks_text)(method, done))
+    return 1 if any(outcome.status == "failed" for outcome in done) else 0
+
+
+@commands.command()
+@click.argument("method", required=False)
+@click.option("--against", type=Words(), help="The methods to compare with: names, or TRANSFORM+ROUNDING.")
+@click.option("--against-baseline", metavar="NAME|FILE", help="Instead: today's code against `ptq baseline save`.")
+@click.option("--model", type=Words(), metavar="MODEL", help="A name of `ptq ls models`, a folder, or an id of the hub.")
+@options(MEASURING, SCHEME, CALIBRATION, PLUGIN)
+@click.option(
+    "--set",
+    "extra",
+    type=Pair(),
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Any option of METHOD (`ptq ls methods` names them); may be repeated.",
+)
+@click.option(
+    "--margin-ppl",
+    type=float,
+    default=0.1,
+    show_default=True,
+    help="Differences in perplexity below so many percent do not matter.",
+)
+@click.option(
+    "--margin-acc",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Differences in accuracy below so many points do not matter.",
+)
+@click.option("--level", type=float, default=0.95, show_default=True, help="Confidence of intervals and tests.")
+@options(REPORTS)
+@click.pass_context
+def compare(context, method, against, against_baseline, model, margin_ppl, margin_acc, level, as_json, junit, **given):
+    """Judge a method against others: better, worse, equal within a margin, or undecided, task by task.
+
+    Runs what is missing in the results folder. Differences are paired over windows or documents, tested (McNemar's
+    exact test for right and wrong answers, else the paired t test), and corrected by Holm's rule over all of them; one
+    inside the noise floor, which other calibration seeds and batch sizes make, is never called better or worse.
+
+    With --against-baseline: today's code against frozen results, of METHOD or of all methods in it.
+
+    Exit status, for CI: 1 if any verdict is worse, 2 on an error, else 0.
+
+    \b
+    Examples:
+      ptq compare my_method --plugin my_method.py --against gptq,cka-hybrid --model tiny-llama-m
+      ptq compare awq+gptq --against gptq --model tiny-llama-s --tasks world_wiki_ppl --margin-ppl 0.5
+      ptq compare gptq --set act_order=true --against rtn --model tiny-qwen-s --fast --json
+      ptq compare --against-baseline embedded --model tiny-llama-s --junit gate.xml
+      ptq compare gptq --against-baseline results/baselines/embedded.json
+    """
+    with _errors_are_status_2():
+        from suite import compare as comparing
+        from suite.report import verdicts
+        from suite.verdict import Rules
+
+        rules = Rules(level, margin_ppl / 100, margin_acc / 100)
+        if against_baseline is not None:
+            _refuse(context, "--against-baseline", {"calib", "tasks", "results", "workers", "margin_ppl", "margin_acc",
+                                                    "level", "model", "method", "as_json", "junit", "against_baseline"})
+            judged = _against_baseline(comparing, against_baseline, model, method, rules, given)
+        else:
+            judged = _against_methods(comparing, method, against, model, rules, given)
+        _report(junit, verdicts.junit(judged))
+        whole = against_baseline is None
+        click.echo(verdicts.as_json(judged) if as_json else verdicts.text(judged, unchanged=whole))
+        return judged.status
+
+
+def _refuse(context, with_: str, allowed: set[str]) -> None:
+    """Raises PTQError for an option that has no effect beside another."""
+    from click.core import ParameterSource
+
+    for name in context.params:
+        if name not in allowed and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            option = next(p.opts[0] for p in context.command.params if p.name == name)
+            raise PTQError(f"{option} has no effect with {with_}, which holds it: leave it out")
+
+
+def _measuring(given: dict) -> dict:
+    """The arguments of `experiments.reproduce` that options of the command line stand for."""
+    from suite.store import Store
+
+    scheme = {key: given[key] for key in ("wbits", "abits", "group_size") if given[key] is not None}
+    same = ("nsamples", "seqlen", "seed", "mode", "fast", "limit", "revision", "workers")
+    return dict(store=Store(given["results"]), options=scheme, kvbits=int(given["kvbits"]), calib_source=given["calib"],
+                **{key: given[key] for key in same})
+
+
+def _against_methods(comparing, method, against, model, rules, given):
+    from suite.method import build, lookup
+    from suite.progress import Progress
+
+    for what, value, example in (("METHOD", method, "ptq compare my_method"), ("--against", against, "--against gptq"),
+                                 ("--model", model, "--model tiny-llama-s")):
+        if not value:
+            raise PTQError(f"{what} is missing: e.g. {example}; or give --against-baseline")
+    if len(model) > 1:
+        raise PTQError(f"--model has {len(model)} models: compare on one at a time")
+    arguments = _measuring(given)
+    candidate = method
+    if given["extra"]:
+        quantizes = lookup(method.split("+")[0])().scheme.weight.quantized
+        candidate = build(method, **(arguments["options"] if quantizes else {}), **dict(given["extra"]))
+    with Progress(f"{method} on {model[0]}") as progress:
+        return comparing.compare(model[0], candidate, against, given["tasks"], rules=rules, repeats=given["repeats"],
+                                 progress=progress, **arguments)
+
+
+def _against_baseline(comparing, name, model, method, rules, given):
+    from suite import baseline as references
+    from suite.progress import Progress
+    from suite.store import Store
+
+    store = Store(given["results"])
+    path = references.path_of(store, name)
+    reference = references.read(path, name)
+    with Progress(f"against baseline {reference.name}") as progress:
+        return comparing.against_baseline(
+            reference, model, [method] if method else None, given["tasks"], store=store, rules=rules,
+            calib_source=given["calib"], workers=given["workers"], progress=progress)
+
+
+def _report(path, content: bytes) -> None:
+    if path is not None:
+        from suite.store import write_bytes
+
+        write_bytes(path, content)
+
+
+@contextlib.contextmanager
+def _errors_are_status_2():
+    """A gate whose status 1 says "worse" must not say so when it breaks, in somebody's plug-in or in the suite."""
+    try:
+        yield
+    except (PTQError, click.ClickException):
+        raise
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        from suite.method import fault
+
+        raise PTQError(f"no verdict was reached: {fault(error)}") from error
+
+
+@commands.group(cls=Commands)
+def baseline():
+    """References: results frozen in one file that can be committed, for `ptq compare --against-baseline`.
+
+    \b
+    Examples:
+      ptq baseline save embedded --model tiny-llama-s,tiny-qwen-s
+      ptq compare --against-baseline embedded
+    """
+
+
+@baseline.command()
+@click.argument("name")
+@click.option("--model", required=True, type=Words(), help="Names of `ptq ls models`, folders, or ids of the hub.")
+@click.option("--methods", type=Words(), help="Names of `ptq ls methods`.  [those of the main table]")
+@options(MEASURING, SCHEME, CALIBRATION, PLUGIN)
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="The file.  [RESULTS/baselines/NAME.json]")
+def save(name, model, methods, out, **given):
+    """Freeze results as a reference, with their noise floors: one file. What is missing is measured first.
+
+    \b
+    Examples:
+      ptq baseline save today --model tiny-llama-s
+      ptq baseline save embedded --model tiny-llama-s,tiny-qwen-s --methods fp16,rtn,gptq,cka-hybrid
+      ptq baseline save mine --plugin my_method.py --model tiny-llama-s --methods my_method --out mine.json
+    """
+    from suite import baseline as references
+    from suite import compare as comparing
+    from suite.progress import Progress
+
+    if out is None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise PTQError(f"baseline name {name!r}: allowed are letters, digits, and . _ - after the first")
+    arguments = _measuring(given)
+    path = out or arguments["store"].root / references.FOLDER / f"{name}.json"
+    with Progress(f"baseline {name}") as progress:
+        frozen = comparing.freeze(
+            name, model, methods, given["tasks"], repeats=given["repeats"], progress=progress, **arguments)
+    references.save(frozen, path)
+    for run in frozen.runs:
+        click.echo(f"{run.model}: {len(run.labels)} methods, {len(run.tasks)} tasks")
+    click.echo(str(path))
+
+
 # ---------------------------------------------------------------------------------------------- look up
 
 
 @commands.command("ls")
 @click.argument("thing", type=Choice("methods", "models", "tasks", "metrics"))
 @click.option("--json", "as_json", is_flag=True, help="A list of JSON objects.")
+@options(PLUGIN)
 def list_(thing, as_json):
     """List what there is: methods with their options, models, tasks, or the metrics of the hybrid.
 
@@ -693,6 +971,7 @@ def list_(thing, as_json):
       ptq ls methods
       ptq ls models --json
       ptq ls tasks
+      ptq ls methods --plugin my_method.py
     """
     rows = {"methods": _methods, "models": _models, "tasks": _tasks, "metrics": _metrics}[thing]()
     if as_json:
@@ -717,10 +996,12 @@ def _word(value: Any) -> str:
 def _methods() -> list[dict]:
     from suite import method
 
-    rows = [
-        {"name": name, "what": _told(method.lookup(name)), "options": method.options_of(name)}
-        for name in method.names()
-    ]
+    rows = []
+    for name in method.names():
+        try:
+            rows.append({"name": name, "what": _told(method.lookup(name)), "options": method.options_of(name)})
+        except PTQError as error:  # somebody's broken package, beside which the others still work
+            rows.append({"name": name, "what": f"CANNOT BE USED: {error}"})
     return rows + [
         {"name": name, "what": "{}'s transform, then {}'s rounding; options of both".format(*name.split("+"))}
         for name in method.compositions()

@@ -20,7 +20,7 @@ import signal
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from suite import calib, checkpoint, hub, kv, method, models, paths, windows
+from suite import calib, checkpoint, hub, kv, method, models, paths, plugins, windows
 from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS
-from suite.provenance import Meter, provenance, version
+from suite.provenance import Meter, code, provenance, version
 from suite.store import Record, Setting, Store, canonical, significant
 
 NUMERICS = 1  # to be raised by every change of the suite that changes results: records of before are then not reused
@@ -83,6 +83,11 @@ class Variant:
     inputs: str = "quantized"
     kvbits: int = UNQUANTIZED_BITS
 
+    @property
+    def code(self) -> dict[str, str]:
+        """Of the plug-ins it stands on: see `suite.plugins.code_of`."""
+        return plugins.code_of(method.to_config(self.method))
+
     def identity(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
         """The part that the records of its quantization and of all its evaluations share, without library versions."""
         used = self.calibration is not None
@@ -90,7 +95,8 @@ class Variant:
                 "mode": self.mode if self.scheme else None, "calibration": told(self.calibration),
                 "input_policy": self.inputs if used else None, "dtype": dtype,
                 "seed": self.calibration.seed if used else None, "numerics": NUMERICS,
-                **({"kvbits": self.kvbits} if self.kvbits < UNQUANTIZED_BITS else {})}
+                **({"kvbits": self.kvbits} if self.kvbits < UNQUANTIZED_BITS else {}),
+                **({"plugins": self.code} if self.code else {})}
 
     def quantization(self, model: Mapping[str, str], dtype: str) -> dict[str, Any]:
         return {"kind": "quantization", **self.identity(model, dtype), "libraries": _libraries(QUANTIZING_LIBRARIES),
@@ -120,7 +126,8 @@ def _libraries(packages: Iterable[str]) -> dict[str, str | None]:
 @dataclass(frozen=True)
 class Outcome:
     """What a grid came to. setting: what the report needs to show it; measured and found: results computed now, and
-    those that the store had; note: what the user should know."""
+    those that the store had; note: what the user should know; evaluations: (method's label, task) -> identity of the
+    record."""
 
     model: str
     setting: Setting
@@ -129,16 +136,17 @@ class Outcome:
     measured: int
     found: int
     note: str = ""
+    evaluations: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
 
 
 def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
               options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
               calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
               fast: bool = False, limit: int | None = None, fewshot: int | None = None,
-              allow_eval_calibration: bool = False, fresh: bool = False, revision: str | None = None,
+              allow_eval_calibration: bool = False, fresh: bool | str = False, revision: str | None = None,
               device: str | None = None, dtype: str | None = None, batch_size: int | None = None,
-              threads: int | None = None, workers: int | None = 1, progress: Progress | None = None,
-              runner: Callable[..., Any] | None = None) -> Outcome:
+              batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None, workers: int | None = 1,
+              progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
@@ -146,9 +154,10 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
     Without `methods`, what is left out then is SpinQuant, which learns.
-    fresh: measure everything again. threads: of torch, None: one for a small model. workers: variants measured at the
-    same time, each in a process of its own; None: as many as there are cores for, if the model is small and on a
-    processor.
+    fresh: measure everything again; "code": what other code than today's has measured. batch_size: of the evaluation,
+    batch_tokens: of the calibration; both move results by round-off only. threads: of torch, None: one for a small
+    model. workers: variants measured at the same time, each in a process of its own; None: as many as there are cores
+    for, if the model is small and on a processor.
     runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
 
     Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
@@ -159,7 +168,7 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     planned = plan(model, methods, tasks, store=store, options=options, kvbits=kvbits, mode=mode,
                    calib_source=calib_source, nsamples=nsamples, seqlen=seqlen, seed=seed, fast=fast, limit=limit,
                    fewshot=fewshot, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision,
-                   device=device, dtype=dtype, batch_size=batch_size, threads=threads)
+                   device=device, dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
     run(planned.jobs, workers, progress, runner)
     return planned.outcome
 
@@ -186,8 +195,9 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
          options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
          calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
          fast: bool = False, limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
-         fresh: bool = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
-         batch_size: int | None = None, threads: int | None = None, tests: Tasks | None = None) -> Planned:
+         fresh: bool | str = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
+         batch_size: int | None = None, batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None,
+         tests: Tasks | None = None) -> Planned:
     """What `reproduce` would have to measure; takes what it takes, checks what it checks, runs no model.
 
     tests: the tasks, if they are loaded already.
@@ -213,7 +223,8 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
     for _, configured, _ in built:
         if (check := getattr(configured, "check", None)) is not None:  # what a method can tell from shapes
             check(SimpleNamespace(**config))
-    variants = _variants(built, options or {}, kv.check(kvbits), mode, sampling, calib_source, embedded, tokenizer)
+    variants = _variants(built, options or {}, kv.check(kvbits), mode, sampling, calib_source, embedded, tokenizer,
+                         batch_tokens)
     overlaps = _overlaps(variants, tests, allow_eval_calibration)
 
     identity = models.identify(model, revision)
@@ -221,7 +232,8 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
     scheme = str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {})
     setting = Setting(identity, _with_cache(scheme, kvbits), mode, told(shared) if mode == "matched" else None,
                       "quantized" if mode == "matched" else None, kept, seed if mode == "matched" else None, NUMERICS,
-                      _libraries(EVALUATING_LIBRARIES), limit, fewshot)
+                      _libraries(EVALUATING_LIBRARIES), limit, fewshot,
+                      {name: digest for v in variants for name, digest in v.code.items()})
 
     small = config.get("hidden_size", 0) < SMALL_WIDTH
     threads = threads or (1 if small else None)
@@ -231,14 +243,16 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
     jobs = []
     for variant in variants:
         missing = tuple(task for task in tests.names
-                        if fresh or store.find(variant.evaluation(identity, kept, tests.identity(task))) is None)
-        unquantized = fresh or store.find(variant.quantization(identity, kept)) is None
+                        if _missing(store, variant.evaluation(identity, kept, tests.identity(task)), fresh))
+        unquantized = _missing(store, variant.quantization(identity, kept), fresh)
         if missing or unquantized:
             overlapping = frozenset(task for task in missing if (variant.label, task) in overlaps)
             jobs.append(Job(variant, missing, unquantized, overlapping, **shared_job))
     measured = sum(len(job.missing) for job in jobs)
     outcome = Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
-                      len(variants) * len(tests.names) - measured, source.note)
+                      len(variants) * len(tests.names) - measured, source.note,
+                      {(v.label, task): v.evaluation(identity, kept, tests.identity(task))
+                       for v in variants for task in tests.names})
     return Planned(outcome, variants, jobs, tests)
 
 
@@ -255,6 +269,14 @@ def run(jobs: Sequence[Job], workers: int | None = 1, progress: Progress | None 
         _measure_side_by_side(jobs, min(workers, len(jobs)), progress)
     else:
         _measure_in_turn(jobs, runner or Runner, progress)
+
+
+def _missing(store: Store, identity: Mapping[str, Any], fresh: bool | str) -> bool:
+    """Whether a result must be measured; fresh as `reproduce` takes it."""
+    if fresh is True:
+        return True
+    found = store.find(identity)
+    return found is None or (fresh == "code" and found.provenance.get("code") != code())
 
 
 def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[Any] | None = None,
@@ -402,7 +424,8 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
         waiting.put((i, jobs[i]))
     for _ in range(workers):
         waiting.put(None)
-    processes = [context.Process(target=_work, args=(waiting, told), daemon=True) for _ in range(workers)]
+    processes = [context.Process(target=_work, args=(waiting, told, plugins.loaded()), daemon=True)
+                 for _ in range(workers)]
     done, total, finished = dict.fromkeys(range(len(jobs)), 0), sum(job.steps for job in jobs), 0
     try:
         for process in processes:
@@ -430,10 +453,12 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
             process.join()
 
 
-def _work(waiting: Any, told: Any) -> None:
-    """A worker: does the jobs that wait, until there is None."""
+def _work(waiting: Any, told: Any, plugged: Sequence[str] = ()) -> None:
+    """A worker: does the jobs that wait, until there is None. plugged: the plug-ins whose methods the jobs may hold."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     warnings.simplefilter("ignore")
+    for path in plugged:  # before the first job arrives, which is unpickled by the name of its class's module
+        plugins.load(path)
     loaded = _Loaded()
     while (waited := waiting.get()) is not None:
         i, job = waited
@@ -541,7 +566,8 @@ def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsa
 
 
 def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], kvbits: int,
-              mode: str, matched: Sampling, source: str | None, embedded: bool, tokenizer: Any) -> list[Variant]:
+              mode: str, matched: Sampling, source: str | None, embedded: bool, tokenizer: Any,
+              batch_tokens: int = calib.BATCH_TOKENS) -> list[Variant]:
     loaded: dict[Sampling, calib.Calibration] = {}
     variants = []
     for name, configured, published in built:
@@ -552,7 +578,8 @@ def _variants(built: Sequence[tuple[str, Any, method.Native | None]], options: M
             sampling = replace(matched, nsamples=count, seqlen=min(published.seqlen, matched.seqlen),
                                source=source or (calib.EMBEDDED if embedded else published.source))
         if quantized and sampling not in loaded:
-            loaded[sampling] = calib.load(sampling.source, tokenizer, sampling.nsamples, sampling.seqlen, sampling.seed)
+            drawn = calib.load(sampling.source, tokenizer, sampling.nsamples, sampling.seqlen, sampling.seed)
+            loaded[sampling] = replace(drawn, batch_tokens=batch_tokens)
         data = loaded.get(sampling) if quantized else None
         scheme = _with_cache(str(configured.scheme) if mode == "matched" else _bits(options), kvbits)
         used = data if getattr(configured, "needs_calibration", True) else None

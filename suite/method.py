@@ -6,11 +6,14 @@ read-only, and returns the tensors that it wants changed. Nothing here writes a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import importlib
 import importlib.metadata
 import re
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -19,6 +22,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from suite import conformance
 from suite.errors import PTQError, unknown
 from suite.grid import Grid, QuantSpec, Scheme
 
@@ -146,6 +150,16 @@ class Uniform:
         return [self] * model.config.num_hidden_layers
 
 
+def edit_of(rule: Any, layer: LayerView) -> LayerEdit:
+    """The edit of a rule for a layer. Raises PTQError where it is none: what calls the rules of others goes through here."""
+    edit = rule.quantize(layer)
+    if not isinstance(edit, LayerEdit):
+        function = f"{type(rule).__module__}.{type(rule).__qualname__}.quantize"
+        raise PTQError(f"layer {layer.index}: expected {function}(layer) -> LayerEdit, found {type(edit).__name__}: "
+                       f"return LayerEdit(params, linears)")
+    return edit
+
+
 @dataclass(frozen=True)
 class Noted:
     """A rule whose edit carries a further note: how a plan tells the record what it decided for this layer, or, with the
@@ -199,29 +213,111 @@ ENTRY_POINTS = "ptq_suite.methods"
 SCHEME_OPTIONS = tuple(Scheme().options)
 
 
+_ADDED: dict[str, tuple[type, str]] = {}  # of this process: name -> class, and where it comes from
+
+
 def names() -> list[str]:
-    """Every registered method: the built-in ones, and those of installed packages."""
-    return sorted({*_BUILTIN, *_installed()})
+    """Every registered method: the built-in ones, those of installed packages, and those added by a plug-in."""
+    return sorted({*_BUILTIN, *_ADDED, *_installed()})
 
 
 def compositions() -> list[str]:
-    """The transform+rounding names that the built-in methods allow, e.g. "awq+gptq"."""
-    return [f"{t}+gptq" for t in names() if hasattr(lookup(t), "transform")]
+    """The transform+rounding names that the registered methods allow with GPTQ's rounding, e.g. "awq+gptq"."""
+    found = []
+    for name in names():
+        with contextlib.suppress(PTQError):  # a broken package spoils its own name only
+            found += [f"{name}+gptq"] if hasattr(lookup(name), "transform") else []
+    return found
 
 
-def _installed() -> dict[str, importlib.metadata.EntryPoint]:
-    return {point.name: point for point in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+def add(name: str, cls: type, origin: str) -> None:
+    """Registers a method in this process. origin: the file it comes from, for errors.
+
+    Raises PTQError: a name that is no word or is taken, a class that has not the form of a method.
+
+    >>> add("my_method", MyMethod, "my_method.py")  # doctest: +SKIP
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
+        raise PTQError(f"method name {name!r} of {origin}: allowed are letters, digits, and . _ - after the first")
+    taken = _BUILTIN.get(name) or (_ADDED[name][1] if name in _ADDED else None)
+    if taken is None and name in _installed():
+        taken = _told(_installed()[name][0])
+    if taken is not None:
+        if name in _ADDED and _ADDED[name] == (cls, origin):
+            return
+        raise PTQError(f"method name {name!r} of {conformance.where(cls, origin)} is taken by {taken}: "
+                       f"rename the file, or give another name in its METHODS = {{name: class}}")
+    conformance.require(cls, name, origin)
+    _ADDED[name] = (cls, origin)
+
+
+def remove(name: str) -> None:
+    """Takes an added method out of the registry again."""
+    _ADDED.pop(name, None)
+
+
+def added() -> dict[str, str]:
+    """The methods that plug-ins added to this process: name -> where it comes from."""
+    return {name: origin for name, (_, origin) in sorted(_ADDED.items())}
+
+
+def _installed() -> dict[str, list[importlib.metadata.EntryPoint]]:
+    """Name -> the entry points of that name; more than one different one is a clash."""
+    return _scan(importlib.metadata.entry_points, tuple(sys.path))
+
+
+@functools.cache  # reading the metadata of all packages takes longer than most of what asks for it
+def _scan(entry_points: Any, path: tuple[str, ...]) -> dict[str, list[importlib.metadata.EntryPoint]]:
+    found: dict[str, list[importlib.metadata.EntryPoint]] = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        if all(point.value != other.value for other in found.setdefault(point.name, [])):
+            found[point.name].append(point)
+    return found
+
+
+def _told(point: importlib.metadata.EntryPoint) -> str:
+    package = f"package {point.dist.name} {point.dist.version}, " if point.dist is not None else ""
+    return f"{package}entry point {point.name} = {point.value!r}"
 
 
 def lookup(name: str) -> type:
-    """The dataclass of a method by its name. Raises PTQError for an unknown name."""
-    if name in _BUILTIN:
+    """The dataclass of a method by its name.
+
+    Raises PTQError: an unknown name, one that two packages claim, a package that fails to import or holds no method.
+    """
+    installed = _installed().get(name, [])
+    if name in _BUILTIN or name in _ADDED or len(installed) > 1:
+        if installed:
+            claims = [*(["this suite"] if name in _BUILTIN else []), *([_ADDED[name][1]] if name in _ADDED else []),
+                      *map(_told, installed)]
+            raise PTQError(f"method name {name!r} is claimed by {' and by '.join(claims)}: "
+                           f"rename the entry point, or uninstall the package")
+        if name in _ADDED:
+            return _ADDED[name][0]
         module, attribute = _BUILTIN[name].split(":")
         return getattr(importlib.import_module(module), attribute)
-    installed = _installed()
-    if name in installed:
-        return installed[name].load()
+    if installed:
+        return _load(name, installed[0])
     raise unknown("method", name, names())
+
+
+def _load(name: str, point: importlib.metadata.EntryPoint) -> type:
+    try:
+        cls = point.load()
+    except Exception as error:  # whatever somebody's package raises
+        raise PTQError(f"method {name!r} of {_told(point)} cannot be imported: {fault(error)}") from error
+    conformance.require(cls, name, _told(point))
+    return cls
+
+
+def fault(error: BaseException) -> str:
+    """What failed, and the line of whose file: for errors in other people's code."""
+    if isinstance(error, SyntaxError):
+        return f"SyntaxError: {error.msg} ({error.filename}, line {error.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    outside = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
+    at = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
+    return f"{type(error).__name__}: {error}{at}"
 
 
 @dataclass(frozen=True)
@@ -352,7 +448,8 @@ def name_of(method: Any) -> str:
     """The registered name of a configured method."""
     if isinstance(method, Composed):
         return f"{name_of(method.transformer)}+{name_of(method.rounding)}"
-    for name in names():
-        if type(method) is lookup(name):
-            return name
+    for name in (*_BUILTIN, *_ADDED, *_installed()):
+        with contextlib.suppress(PTQError):  # a broken package spoils its own name only
+            if type(method) is lookup(name):
+                return name
     raise PTQError(f"{type(method).__name__} is not a registered method: registered are {', '.join(names())}")

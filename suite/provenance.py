@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -18,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from suite import paths
 
 PACKAGES = ("ptq-suite", "torch", "transformers", "lm-eval", "datasets", "accelerate", "tokenizers", "safetensors",
             "numpy", "scipy")
@@ -53,6 +56,17 @@ def commit() -> dict[str, Any] | None:
         return {"hash": git("rev-parse", "HEAD"), "dirty": bool(changed)}
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 of the suite's own source: whether two results were measured by the same code, committed or not."""
+    folders = [(_ROOT / "suite", "*.py"), (_ROOT / "baselines", "*.py"), (paths.tasks(), "*.py"), (paths.tasks(), "*.yaml")]
+    total = hashlib.sha256()
+    for folder, pattern in folders:
+        for path in sorted(folder.rglob(pattern)):
+            total.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return total.hexdigest()
 
 
 def hardware() -> dict[str, Any]:
@@ -113,5 +127,5 @@ class Meter:
 def provenance(meter: Meter) -> dict[str, Any]:
     """All of it, for one finished run."""
     now = datetime.datetime.now(datetime.UTC)
-    return {"date": now.isoformat(timespec="seconds"), **meter.told, "commit": commit(), "versions": versions(),
-            "hardware": hardware()}
+    return {"date": now.isoformat(timespec="seconds"), **meter.told, "commit": commit(), "code": code(),
+            "versions": versions(), "hardware": hardware()}

@@ -121,7 +121,8 @@ class Setting:
 
     A part that is None holds nothing fixed: in native mode every method has its own scheme and calibration. Likewise a
     record in which a part is None stands in every table that shares the rest: full precision has no scheme, and
-    round-to-nearest no calibration.
+    round-to-nearest no calibration. plugins: name -> digest of the code of plug-ins whose rows the table may have;
+    results of what their files were before stay out.
     """
 
     model: Mapping[str, str]
@@ -135,14 +136,17 @@ class Setting:
     libraries: Mapping[str, str]
     limit: int | None = None
     fewshot: int | None = None
+    plugins: Mapping[str, str] | None = None
 
     def holds(self, identity: Mapping[str, Any]) -> bool:
         """Whether a record of this identity belongs to this setting."""
         loose = ("scheme", "mode", "calibration", "input_policy", "seed", "diagnosed_on")
         stated = {**{key: getattr(self, key, None) for key in loose}, "diagnosed_on": self.calibration}
+        code = identity.get("plugins", {})
         task = identity.get("task") or {"limit": self.limit, "fewshot": self.fewshot}
         return (all(identity.get(key) is None or stated[key] is None or identity[key] == stated[key] for key in loose)
                 and all(identity.get(key) == getattr(self, key) for key in ("model", "dtype", "numerics"))
+                and all((self.plugins or {}).get(name, digest) == digest for name, digest in code.items())
                 and all(self.libraries.get(name, found) == found for name, found in identity["libraries"].items())
                 and task.get("limit") == self.limit and task.get("fewshot") == self.fewshot)
 

@@ -586,13 +586,6 @@ def check_error_falls_with_bits(make_method: MakeMethod, toy: Toy) -> None:
 # ---------------------------------------------------------------------------------------------- 9 batches and order
 
 
-class _InBatches(calib.Calibration):
-    """The same tokens, run in batches of 2,048 tokens."""
-
-    def step(self, tokens_per_batch: int = 2048) -> int:
-        return super().step(2048)
-
-
 @_check("gqa")
 def check_batches_and_order(make_method: MakeMethod, toy: Toy) -> None:
     """How the calibration sequences are batched, and in which order they come, changes the result to round-off only.
@@ -600,7 +593,7 @@ def check_batches_and_order(make_method: MakeMethod, toy: Toy) -> None:
     Order is tried on few enough tokens that the sample on which `scope_outputs` runs holds them all.
     """
     many, few = toy.calib(10, 256), toy.calib()
-    batched = _InBatches(**vars(many))
+    batched = dataclasses.replace(many, batch_tokens=2048)
     shuffled = calib.from_tokens(
         few.tokens[torch.randperm(len(few.tokens), generator=torch.Generator().manual_seed(0))]
     )

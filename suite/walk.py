@@ -22,7 +22,7 @@ from suite.calib import Calibration
 from suite.cka import CKA
 from suite.errors import PTQError
 from suite.linear import QuantLinear, RoundedLinear, TokenRounding
-from suite.method import LayerEdit, LinearQuant, Site
+from suite.method import LayerEdit, LinearQuant, Site, edit_of
 
 REFERENCE_TOKENS = 16384  # tokens on which layer outputs are compared with the unquantized model's
 SAMPLE_TOKENS = 2048  # tokens on which `scope_outputs` runs; AWQ's own search uses a sample of this order
@@ -213,7 +213,7 @@ class LayerView:
     def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
         """The edit of one rule per layer spanned: here one."""
         (rule,) = rules
-        return rule.quantize(self)
+        return edit_of(rule, self)
 
     def parts(self, edit: LayerEdit) -> list[tuple[LayerView, LayerEdit]]:
         """Each layer spanned, with its share of an edit."""
@@ -296,7 +296,7 @@ class BlockView:
         edits, layers, feed = [], [], self.layers[0].inputs
         for layer, rule in zip(self.layers, rules, strict=True):
             fed = layer.fed_by(feed)
-            edits.append(rule.quantize(layer if self._full else fed))
+            edits.append(edit_of(rule, layer if self._full else fed))
             layers.append(fed.after(edits[-1]))
             feed = layers[-1].outputs
         whole = LayerEdit({f"{j}.{k}": v for j, e in enumerate(edits) for k, v in e.params.items()},
@@ -530,6 +530,9 @@ def quantize_model(method: Any, model: nn.Module, calib: Calibration | None,
         start = time.perf_counter()
         rules = method.plan(model, calib)
         planning = time.perf_counter() - start
+        if not isinstance(rules, Sequence):
+            raise PTQError(f"expected {type(method).__name__}.plan(model, calib) -> Sequence[LayerMethod], "
+                           f"found {type(rules).__name__}: return one rule for each unit of layers")
         if len(rules) != -(-total // block):
             raise PTQError(f"the plan has {len(rules)} rules, the model {total} layers in units of {block}: "
                            f"{-(-total // block)} rules expected")
@@ -538,7 +541,7 @@ def quantize_model(method: Any, model: nn.Module, calib: Calibration | None,
         records: list[dict[str, Any]] = []
         for view, rule in zip(walk(model, calib, block, reference, inputs), rules):
             start = time.perf_counter()
-            edit = rule.quantize(view)
+            edit = edit_of(rule, view)
             commit(model, view, edit)
             seconds = time.perf_counter() - start + (planning if not records else 0.0)
             records += _records(view, edit, seconds, diagnostics and calib is not None)

@@ -129,6 +129,7 @@ def compare(store: Store, setting: Setting, methods: Iterable[str] = (), tasks: 
     rows: dict[str, Row] = {label: Row(label) for label in methods}
     found = [record for record in store.records(model=setting.model["name"])
              if record.kind != "study" and setting.holds(record.identity)]
+    found.sort(key=lambda r: r.provenance.get("date", ""))  # of two versions of a plug-in's code, the later one shows
     evaluations = [record for record in found if record.kind == "evaluation"]
     current: dict[str, Record] = {}  # task -> the record measured last
     for record in sorted(evaluations, key=lambda r: r.provenance.get("date", "")):
