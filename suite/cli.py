@@ -7,6 +7,7 @@ escapes is a bug, and shows its traceback.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import logging
@@ -193,26 +194,24 @@ CALIBRATION = (
 )
 
 
-def _load_plugins(context, parameter, paths):
-    if paths:
-        from suite import plugins
+def _with_plugins(function):
+    """The option --plugin, loaded before the command's body: no command sees it."""
 
-        for path in paths:
-            plugins.load(path)
+    @functools.wraps(function)
+    def loaded(*arguments, plugin, **named):
+        if plugin:
+            from suite import plugins
+
+            for path in plugin:
+                plugins.load(path)
+        return function(*arguments, **named)
+
+    return click.option(
+        "--plugin", metavar="FILE", multiple=True, help="A Python file with a method of your own; may be repeated."
+    )(loaded)
 
 
-# Loaded before the command begins, so that its names are known to whatever follows; no command sees the option itself.
-PLUGIN = (
-    click.option(
-        "--plugin",
-        metavar="FILE",
-        multiple=True,
-        expose_value=False,
-        is_eager=True,
-        callback=_load_plugins,
-        help="A Python file with a method of your own; may be repeated.",
-    ),
-)
+PLUGIN = (_with_plugins,)
 
 
 def options(*groups):
@@ -920,7 +919,6 @@ def baseline():
     \b
     Examples:
       ptq baseline save embedded --model tiny-llama-s,tiny-qwen-s
-      ptq compare --against-baseline embedded
     """
 
 

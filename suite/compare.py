@@ -20,7 +20,7 @@ from suite.provenance import code, version
 from suite.report.comparison import Comparison, Match, judge
 from suite.report.data import Score
 from suite.store import Store
-from suite.verdict import Rules
+from suite.verdict import RULES, Rules
 
 REPEATS = 2  # further calibration seeds
 NOISE = "noise"
@@ -31,11 +31,12 @@ Progress = Callable[[int, int, str], None]
 
 
 def compare(model: str, candidate: Any, against: Sequence[Any], tasks: Sequence[str] | None = None, *, store: Store,
-            rules: Rules = Rules(), repeats: int = REPEATS, **arguments: Any) -> Comparison:
+            rules: Rules = RULES, repeats: int = REPEATS, workers: int | None = 1, progress: Progress | None = None,
+            runner: Any = None, **arguments: Any) -> Comparison:
     """A method against others on one model, task by task.
 
     candidate, against: names or configured methods. repeats: calibration seeds of the noise floor; 0: not measured.
-    arguments: as `suite.experiments.reproduce` takes them.
+    workers, progress, runner, arguments: as `suite.experiments.reproduce` takes them.
 
     Raises PTQError as `reproduce` and `suite.report.comparison.judge` do.
 
@@ -45,8 +46,9 @@ def compare(model: str, candidate: Any, against: Sequence[Any], tasks: Sequence[
     if not against:
         raise PTQError("nothing to compare with: name at least one method, e.g. --against gptq")
     methods = [candidate, *against]
-    outcome = experiments.reproduce(model, methods, tasks, store=store, **arguments)
-    floors = noise_floors(outcome, methods, store=store, repeats=repeats, model=model, **arguments)
+    measured = Measured(model, methods, tasks, store, repeats, arguments)
+    experiments.run(measured.jobs, workers, progress, runner)
+    outcome, floors = measured.outcome, measured.floors()
     first, *others = outcome.methods
     matches = []
     for other in others:
@@ -57,28 +59,38 @@ def compare(model: str, candidate: Any, against: Sequence[Any], tasks: Sequence[
     return judge(f"{first} on {outcome.model}", _setting(outcome), matches, rules)
 
 
-def noise_floors(outcome: experiments.Outcome, methods: Sequence[Any], *, store: Store, repeats: int, model: str,
-                 seed: int = 0, **arguments: Any) -> Floors:
-    """What runs of each variant of an outcome differ among themselves, per task, at most.
+class Measured:
+    """The results of some methods on one model, and the repeats that tell their noise floors: `jobs` are what is missing.
 
-    Runs what is missing: `repeats` further calibration seeds, for methods that calibrate, and once other batches.
+    Repeats: so many further calibration seeds, for methods that calibrate, and once other batches; none if 0.
     """
-    if repeats < 0:
-        raise PTQError(f"repeats is {repeats}: allowed are whole numbers from 0; 0 leaves the noise floor unmeasured")
-    if repeats == 0:
-        return {}
-    scores = {key: [_score(store, identity)] for key, identity in outcome.evaluations.items()}
-    folder = store.root / NOISE
-    calibrating = [m for label, m in zip(outcome.methods, methods, strict=True)
-                   if any(identity["calibration"] for (of, _), identity in outcome.evaluations.items() if of == label)]
-    runs = [(Store(folder / "seeds"), calibrating, {"seed": seed + k}) for k in range(1, repeats + 1)]
-    runs.append((Store(folder / "batches"), methods, {"seed": seed, **OTHER_BATCH}))
-    for where, chosen, changes in runs:
-        if chosen:
-            again = experiments.reproduce(model, chosen, outcome.tasks, store=where, **{**arguments, **changes})
-            for key, identity in again.evaluations.items():
+
+    def __init__(self, model: str, methods: Sequence[Any] | None, tasks: Sequence[str] | None, store: Store,
+                 repeats: int, arguments: Mapping[str, Any]):
+        if repeats < 0:
+            raise PTQError(f"repeats is {repeats}: allowed are whole numbers from 0; 0 leaves the noise floor unmeasured")
+        planned = experiments.plan(model, methods, tasks, store=store, **arguments)
+        self.model, self.outcome, self._store, self._repeats = model, planned.outcome, store, []
+        self.jobs = list(planned.jobs)
+        configured = [variant.method for variant in planned.variants]
+        calibrating = [variant.method for variant in planned.variants if variant.calibration is not None]
+        seed, folder = arguments.get("seed", 0), store.root / NOISE
+        runs = [(Store(folder / "seeds"), calibrating, {"seed": seed + k}) for k in range(1, repeats + 1)]
+        runs += [(Store(folder / "batches"), configured, OTHER_BATCH)] if repeats else []
+        for where, chosen, changes in runs:
+            if chosen:
+                again = experiments.plan(model, chosen, self.outcome.tasks, store=where, tests=planned.tests,
+                                         **{**arguments, **changes})
+                self.jobs += again.jobs
+                self._repeats.append((where, again.outcome.evaluations))
+
+    def floors(self) -> Floors:
+        """What runs of each variant differ among themselves, per task, at most; once the jobs are done."""
+        scores = {key: [_score(self._store, identity)] for key, identity in self.outcome.evaluations.items()}
+        for where, evaluations in self._repeats:
+            for key, identity in evaluations.items():
                 scores[key].append(_score(where, identity))
-    return {key: _range(values) for key, values in scores.items()}
+        return {key: _range(values) for key, values in scores.items()}
 
 
 def _score(store: Store, identity: Mapping[str, Any]) -> float:
@@ -110,21 +122,21 @@ def _setting(outcome: experiments.Outcome) -> str:
 
 
 def freeze(name: str, model_names: Sequence[str], methods: Sequence[Any] | None = None,
-           tasks: Sequence[str] | None = None, *, store: Store, repeats: int = REPEATS, **arguments: Any) -> Baseline:
+           tasks: Sequence[str] | None = None, *, store: Store, repeats: int = REPEATS, workers: int | None = 1,
+           progress: Progress | None = None, runner: Any = None, **arguments: Any) -> Baseline:
     """A reference of some models: what is missing is measured, the noise floors too, and all is taken into one object.
 
-    arguments: as `suite.experiments.reproduce` takes them.
+    repeats, workers, progress, runner, arguments: as for `compare`.
 
     >>> references.save(freeze("today", ["tiny-llama-s"], store=store), path)  # doctest: +SKIP
     """
     runs = []
-    for model in model_names:
-        outcome = experiments.reproduce(model, methods, tasks, store=store, **arguments)
-        chosen = list(methods or [_by_label(label, arguments.get("options") or {}) for label in outcome.methods])
-        floors = noise_floors(outcome, chosen, store=store, repeats=repeats, model=model, **arguments)
-        entries = [Entry.of(store.find(identity), floors.get((label, task)))
-                   for (label, task), identity in outcome.evaluations.items()]
-        runs.append(Run(model, _kept(arguments), entries))
+    for measured in [Measured(model, methods, tasks, store, repeats, arguments) for model in model_names]:
+        experiments.run(measured.jobs, workers, progress, runner)
+        floors = measured.floors()
+        entries = [Entry.of(store.find(identity), floors.get(key))
+                   for key, identity in measured.outcome.evaluations.items()]
+        runs.append(Run(measured.model, _kept(arguments), entries))
     return Baseline(name, runs)
 
 
@@ -153,7 +165,7 @@ def _by_label(label: str, options: Mapping[str, Any]) -> Any:
 
 def against_baseline(reference: Baseline, model_names: Sequence[str] | None = None,
                      methods: Sequence[str] | None = None, tasks: Sequence[str] | None = None, *, store: Store,
-                     rules: Rules = Rules(), calib_source: str | None = None, **arguments: Any) -> Comparison:
+                     rules: Rules = RULES, calib_source: str | None = None, **arguments: Any) -> Comparison:
     """Today's code against a reference: the same variants on the same tasks, measured anew wherever the code has
     changed since the store's result.
 

@@ -61,6 +61,9 @@ class Rules:
         return round(1 - self.level, 12)
 
 
+RULES = Rules()
+
+
 @dataclass(frozen=True)
 class Pair:
     """Two variants on the same windows or documents: `mine` is judged against `other`.
@@ -100,7 +103,7 @@ class Verdict:
         return self.noise is not None and abs(self.difference.value) <= self.noise
 
 
-def judge(pairs: Sequence[Pair], rules: Rules = Rules()) -> list[Verdict]:
+def judge(pairs: Sequence[Pair], rules: Rules = RULES) -> list[Verdict]:
     """The verdicts on all differences of one comparison; Holm's correction goes over all of them.
 
     Raises PTQError: samples that were not measured on the same windows or documents, or on fewer than stats.MINIMUM.

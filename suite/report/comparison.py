@@ -9,7 +9,7 @@ from suite import verdict
 from suite.errors import PTQError
 from suite.report.data import Score
 from suite.store import Record
-from suite.verdict import Pair, Rules, Verdict
+from suite.verdict import RULES, Pair, Rules, Verdict
 
 _OPPOSITE = {"better": "worse", "worse": "better"}
 
@@ -71,7 +71,7 @@ class Comparison:
         return 1 if self.having("worse") else 0
 
 
-def judge(title: str, setting: str, matches: Iterable[Match], rules: Rules = Rules()) -> Comparison:
+def judge(title: str, setting: str, matches: Iterable[Match], rules: Rules = RULES) -> Comparison:
     """The comparison of all matches, tested together.
 
     Raises PTQError: two records of different models or tasks that were not marked as such, a task whose records keep no
