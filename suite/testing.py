@@ -7,9 +7,9 @@ wrong and where to look. No check knows a method by name. A method that is meant
     class MyMethod(Uniform):
         expected_failures = {"batches_and_order": "draws a random subset of the sequences"}
 
-In a pytest file:
+In a pytest file, with the class, or the name of a method that is registered:
 
-    @suite.testing.parametrize_with_checks(["my_method"])
+    @suite.testing.parametrize_with_checks([MyMethod])
     def test_contract(check, make_method, toy):
         check(make_method, toy)
 """
@@ -779,11 +779,21 @@ class Outcome:
     message: str = ""
 
 
-def maker(made: str | MakeMethod) -> MakeMethod:
-    """What builds a method from options: a registered name (compositions too), or already such a function.
+def _named(cls: type) -> str:
+    """The name of a class of methods; one that has none yet is registered under that of the class."""
+    with contextlib.suppress(Exception):  # what is wrong with it is told below
+        return method.name_of(cls())
+    method.add(cls.__name__, cls, cls.__module__)
+    return cls.__name__
+
+
+def maker(made: str | type | MakeMethod) -> MakeMethod:
+    """What builds a method from options: of a registered name (compositions too), of a class, or already such a function.
 
     The checks are about form, not quality: a method that learns, with an option `steps`, does QUICK_STEPS of them.
     """
+    if isinstance(made, type):
+        made = _named(made)
     if not isinstance(made, str):
         return made
     with contextlib.suppress(PTQError):  # what cannot be built says so when it is built
@@ -837,7 +847,7 @@ def run_checks(made: str | MakeMethod, checks: Iterable[str] | None = None) -> I
                 yield Outcome(name, toy.name, status, reasons.get(name, ""))
 
 
-def parametrize_with_checks(methods: Iterable[str | MakeMethod]) -> Any:
+def parametrize_with_checks(methods: Iterable[str | type | MakeMethod]) -> Any:
     """A pytest decorator: one test per method, check and toy, with the arguments `check`, `make_method`, `toy`.
 
     An expected failure that a method declares is shown as xfail with its reason.

@@ -551,7 +551,8 @@ def test_unknown_names_of_checks(register):
         testing.expected_failures(register(Mistyped))
 
 
-def test_cases_for_pytest(register):
+def test_cases_for_pytest(register, monkeypatch):
+    monkeypatch.setattr(method, "_ADDED", {})
     mark = testing.parametrize_with_checks([register(Honest).args[0], Sound]).mark
     cases = {case.id: case for case in mark.args[1]}
     assert len(cases) == 2 * sum(len(check.toys) for check in CHECKS.values())
