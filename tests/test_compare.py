@@ -249,8 +249,9 @@ def test_some_or_all_of_a_reference_is_incomparable(frozen, given, toy_folder, r
     found = compare.against_baseline(some, **given)
     apart = [li for li in found.lines if li.word == "incomparable"]
     assert [li.match.method for li in apart] == ["gptq", "gptq"] and "torch: 2.12.0, now" in apart[0].match.apart[0]
+    retrained = {**run.entries[0].identity["model"], "digest": "f" * 64}
     for parts, words in (({"libraries": older}, "libraries.torch: 2.12.0"),
-                         ({"model": {**run.entries[0].identity["model"], "digest": "f" * 64}}, "model.digest: ffffffffffff...")):
+                         ({"model": retrained}, "model.digest: ffffffffffff...")):
         with pytest.raises(PTQError, match=words):
             compare.against_baseline(changed(lambda e: True, **parts), **given)
     other_text = changed(lambda e: True, task={**run.entries[0].identity["task"], "digest": "another"})

@@ -26,10 +26,8 @@ def random():
 @pytest.fixture
 def quick(monkeypatch):
     """For hundreds of comparisons: fewer draws, and none of the whole heap's searches that statsmodels ends with."""
-    import statsmodels.stats.multitest as module
-
     monkeypatch.setattr(stats, "RESAMPLES", 300)
-    monkeypatch.setattr(module.gc, "collect", lambda *_: 0)
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
 
 
 def windows(random, n=100, loss=0.0, noise=1.0):
