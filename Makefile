@@ -10,18 +10,27 @@ MODEL ?= tiny-llama-m
 RESULTS ?= runs
 RUN := .venv/bin/python
 
+AGAINST ?= gptq,cka-hybrid
 # What is given on the command line is handed on; what is not keeps the default of `ptq reproduce`.
 OPTIONS := $(if $(METHODS),--methods $(METHODS)) $(if $(TASKS),--tasks $(TASKS)) $(if $(filter-out 0,$(FAST)),--fast) \
 	$(if $(WBITS),--wbits $(WBITS)) $(if $(ABITS),--abits $(ABITS)) $(if $(MODE),--mode $(MODE)) \
 	$(if $(CALIB),--calib $(CALIB)) $(if $(SEED),--seed $(SEED)) --results $(RESULTS) $(ARGS)
 
-.PHONY: help setup reproduce test bench lint clean
+# Against other methods on one model, or against a reference: of its models all, unless one is given.
+JUDGED = $(if $(BASELINE),--against-baseline $(BASELINE) $(if $(filter-out file,$(origin MODEL)),--model $(MODEL)), \
+	--against $(AGAINST) --model $(MODEL) $(if $(WBITS),--wbits $(WBITS)) $(if $(ABITS),--abits $(ABITS)) \
+	$(if $(filter-out 0,$(FAST)),--fast) $(if $(SEED),--seed $(SEED))) \
+	$(if $(PLUGIN),--plugin $(PLUGIN)) $(if $(TASKS),--tasks $(TASKS)) --results $(RESULTS) $(ARGS)
+
+.PHONY: help setup reproduce regress test bench lint clean
 
 help:
 	@echo "make setup       builds the environment in .venv (the other commands do so by themselves)"
 	@echo "make reproduce   compares the methods on a model: tables and plots in $(RESULTS)/"
 	@echo "                   MODEL=$(MODEL) METHODS=gptq,cka-hybrid TASKS=world_math WBITS=3 ABITS=8 MODE=native"
 	@echo "                   FAST=1 CALIB=text.txt SEED=1 RESULTS=folder ARGS='any option of ptq reproduce'"
+	@echo "make regress     judges a method: METHOD=my_method PLUGIN=my_method.py AGAINST=$(AGAINST) MODEL=$(MODEL)"
+	@echo "                   or today's code: BASELINE=results/baselines/embedded.json MODEL=tiny-llama-s"
 	@echo "make test        runs all tests; make test ARGS='-m \"not slow\"' only the fast ones"
 	@echo "make bench       measures the speed of the methods, the hybrid and the evaluation"
 	@echo "make lint        checks the style"
@@ -45,6 +54,9 @@ setup: .venv/stamp
 
 reproduce: .venv/stamp
 	@$(RUN) -m suite.cli reproduce $(MODEL) $(OPTIONS)
+
+regress: .venv/stamp
+	@$(RUN) -m suite.cli compare $(METHOD) $(JUDGED)
 
 test: .venv/stamp
 	@$(RUN) -m pytest $(ARGS)

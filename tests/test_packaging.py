@@ -52,11 +52,42 @@ def test_what_is_not_given_to_make_keeps_its_default():
     assert "--fast" not in dry("reproduce", "FAST=0")
 
 
-def test_make_test_and_ci_run_are_the_same():
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (
+            "METHOD=mine PLUGIN=mine.py MODEL=tiny-qwen-s WBITS=3",
+            "compare mine --against gptq,cka-hybrid --model tiny-qwen-s --wbits 3 --plugin mine.py --results runs",
+        ),
+        ("METHOD=awq AGAINST=rtn", "compare awq --against rtn --model tiny-llama-m --results runs"),
+        ("BASELINE=b.json", "compare --against-baseline b.json --results runs"),
+        ("BASELINE=b.json MODEL=tiny-qwen-s", "compare --against-baseline b.json --model tiny-qwen-s --results runs"),
+    ],
+)
+def test_make_regress_hands_its_variables_on(words, expected):
+    assert " ".join(dry("regress", *words.split()).split()).endswith(expected)
+
+
+def test_ci_runs_the_tests_and_the_gate():
     assert dry("test").endswith("-m pytest")
     script = ROOT / ".ci" / "run"
-    assert os.access(script, os.X_OK) and script.read_text().rstrip().endswith("exec make test")
+    lines = script.read_text().rstrip().splitlines()
+    assert os.access(script, os.X_OK) and "make test" in lines and lines[-1].startswith("exec make regress BASELINE=")
     assert "    make test" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.skipif(not (ROOT / "results" / "baselines").is_dir(), reason="no reference is committed yet")
+def test_the_committed_reference_fits_the_embedded_models():
+    """A reference of other weights or versions would be refused, and the gate with it."""
+    from suite import baseline, compare
+
+    (named,) = re.findall(r"BASELINE=(\S+) MODEL=tiny-llama-s", (ROOT / ".ci" / "run").read_text())
+    reference = baseline.read(ROOT / named)
+    run = reference.run("tiny-llama-s")
+    assert {"rtn", "gptq", "cka-hybrid"} <= set(run.labels) and len(run.tasks) >= 5
+    assert all(entry.noise is not None for entry in run.entries)
+    for run in reference.runs:
+        compare._require_comparable(reference, run, run.entries)
 
 
 def test_make_without_a_fitting_python_says_so(tmp_path):
