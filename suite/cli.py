@@ -901,7 +901,7 @@ def _errors_are_status_2():
     """A gate whose status 1 says "worse" must not say so when it breaks, in somebody's plug-in or in the suite."""
     try:
         yield
-    except (PTQError, click.ClickException):
+    except (PTQError, click.ClickException, BrokenPipeError):
         raise
     except Exception as error:
         import traceback

@@ -317,7 +317,8 @@ def fault(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     outside = [f for f in frames if "importlib" not in f.filename and f.filename != __file__]
     at = f" ({outside[-1].filename}, line {outside[-1].lineno})" if outside else ""
-    return f"{type(error).__name__}: {error}{at}"
+    last = str(error).strip().splitlines()[-1:]  # a worker's failure arrives as the whole text of its traceback
+    return f"{type(error).__name__}: {last[0] if last else 'no message'}{at}"
 
 
 @dataclass(frozen=True)
