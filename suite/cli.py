@@ -825,7 +825,8 @@ def compare(context, method, against, against_baseline, model, margin_ppl, margi
         rules = Rules(level, margin_ppl / 100, margin_acc / 100)
         if against_baseline is not None:
             _refuse(context, "--against-baseline", {"calib", "tasks", "results", "workers", "margin_ppl", "margin_acc",
-                                                    "level", "model", "method", "as_json", "junit", "against_baseline"})
+                                                    "level", "model", "method", "as_json", "junit", "against_baseline",
+                                                    "plugin"})
             judged = _against_baseline(comparing, against_baseline, model, method, rules, given)
         else:
             judged = _against_methods(comparing, method, against, model, rules, given)

@@ -193,7 +193,7 @@ def against_baseline(reference: Baseline, model_names: Sequence[str] | None = No
                 f"variant: {entry.label} is called {', '.join(outcome.methods)} today"]
             noted = references.moved(entry.identity, identity) if identity is not None else []
             matches.append(Match(run.model, entry.label, f"baseline {reference.name}", entry.task, now, entry.record,
-                                 entry.noise, tuple(apart), (*noted, *_other_machine(entry, now))))
+                                 entry.noise, True, tuple(apart), (*noted, *_other_machine(entry, now))))
     named = ", ".join(dict.fromkeys(match.model for match in matches))
     return judge(f"today's code on {named}", f"code {code()[:12]}", matches, rules)
 

@@ -69,12 +69,14 @@ class Pair:
     """Two variants on the same windows or documents: `mine` is judged against `other`.
 
     noise: the largest difference between runs of one method, in units of the score; None where it was not measured.
-    name: for errors.
+    remeasured: they are one variant, measured twice: the question is whether anything moved, and where nothing did, no
+    test is needed to call it equal. name: for errors.
     """
 
     mine: Sample
     other: Sample
     noise: float | None = None
+    remeasured: bool = False
     name: str = "a task"
 
 
@@ -196,9 +198,10 @@ def _verdict(pair: Pair, test: str, p: float, holm: float, family: int, rules: R
     within = pair.noise is not None and abs(found.value) <= pair.noise
     significant = holm < rules.alpha and found.excludes_zero
     needed, why = None, ""
-    if p_equal < rules.alpha:
+    identical = not np.any(a.values != b.values)
+    if p_equal < rules.alpha or (identical and pair.remeasured):
         word = "equal"
-        if not np.any(a.values != b.values):
+        if identical:
             why = "identical"
         elif significant and not within:
             why = "a difference is there, and too small to matter"

@@ -73,9 +73,9 @@ def test_the_noise_floor_is_other_seeds_and_other_batches(given, runner, toy_fol
     """rtn does not calibrate: no seed moves it. The larger of the two methods' floors counts."""
     found = compare.compare(str(toy_folder), "rtn", ["gptq"], TASKS[:1], repeats=2, **given)
     usual, other = (None, 8192), tuple(compare.OTHER_BATCH.values())
-    assert sorted(runner.calls) == sorted([
+    assert len(runner.calls) == 6 and set(runner.calls) == {
         ("rtn", TASKS[0], 0, *usual), ("gptq", TASKS[0], 0, *usual), ("gptq", TASKS[0], 1, *usual),
-        ("gptq", TASKS[0], 2, *usual), ("rtn", TASKS[0], 0, *other), ("gptq", TASKS[0], 0, *other)])
+        ("gptq", TASKS[0], 2, *usual), ("rtn", TASKS[0], 0, *other), ("gptq", TASKS[0], 0, *other)}
     perplexity = found.lines[0].verdict.other
     assert found.lines[0].verdict.noise == pytest.approx(perplexity * (2.718281828 ** 0.002 - 1), rel=1e-4)
     plain = compare.compare(str(toy_folder), "rtn", ["gptq"], TASKS[:1], repeats=0, **given)
@@ -148,7 +148,7 @@ def judged():
         match(fake.evaluation("rtn", "world_wiki_ppl", -0.02, noise=0.01), base["world_wiki_ppl"], noise=0.01),
         match(fake.evaluation("rtn", "world_chat_ppl", 0.02, noise=0.01), base["world_chat_ppl"]),
         match(base["world_events"], base["world_events"]),
-        match(fake.evaluation("rtn", "world_math", 0.01), base["world_math"], noted=("numerics: 1, now 2",)),
+        match(fake.evaluation("rtn", "world_math", 0.02), base["world_math"], noted=("numerics: 1, now 2",)),
         match(None, base["world_quiz"], apart=("libraries.torch: 2.13.0, now 2.14.0",)),
     ]
     return judge("mine on toy", "W4A8 g128", matches, Rules(margin_acc=0.015))
@@ -166,7 +166,7 @@ def test_json(judged):
 
 def test_text(judged):
     text = verdicts.text(judged)
-    words = {line.split()[0]: line for line in text.splitlines() if line.split()}
+    words = {line.split()[0]: line.rstrip() for line in text.splitlines() if line.split()}
     assert words["wiki"].endswith("better") and words["chat"].endswith("worse")
     assert "equal: identical" in words["events"] and "documents would decide" in words["math"]
     assert "incomparable: libraries.torch: 2.13.0, now 2.14.0" in words["quiz"]

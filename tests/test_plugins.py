@@ -54,11 +54,11 @@ def write(tmp_path):
 
 
 def refused(path) -> str:
-    before = method.names()
+    before, modules = method.names(), set(sys.modules)
     with pytest.raises(PTQError) as error:
         plugins.load(path)
     assert method.names() == before and str(path) in str(error.value) and "\n" not in str(error.value)
-    assert not any(name.startswith(plugins._MODULE + Path(path).stem) for name in sys.modules)
+    assert not any(name.startswith(plugins._MODULE) for name in set(sys.modules) - modules)
     return str(error.value)
 
 
@@ -185,7 +185,7 @@ def test_a_file_without_one_method(write, text, words):
 
 @pytest.mark.parametrize("old, new, words", [
     ("def quantize(self, layer):", "def quantize(self, layer, calib):",
-     ["line 8", "expected quantize(self, layer) -> LayerEdit, found quantize(self, layer, calib)"]),
+     ["line 7", "expected quantize(self, layer) -> LayerEdit, found quantize(self, layer, calib)"]),
     ("def quantize(self, layer):", "def quantise(self, layer):", ["expected quantize(self, layer) -> LayerEdit, found none"]),
     ("def quantize(self, layer):", "def plan(self, model): pass\n    def quantize(self, layer):",
      ["expected plan(self, model, calib) -> Sequence[LayerMethod], found plan(self, model)"]),

@@ -86,6 +86,9 @@ def test_few_equal_answers_prove_no_equality():
     """Bonett and Price: one pseudo-observation each way. Without it the spread, and so p, would be 0."""
     assert one(*documents(both=10, neither=10)).word == "undecided"
     assert one(*documents(both=200, neither=100)).word == "equal"
+    again = judge([Pair(*documents(both=10, neither=10), remeasured=True)])[0]  # whether it moved needs no test
+    assert (again.word, again.why) == ("equal", "identical")
+    assert judge([Pair(*documents(both=10, first=1), remeasured=True)])[0].word == "undecided"
 
 
 # ---------------------------------------------------------------------------------------------- words

@@ -19,7 +19,8 @@ class Match:
     """Two results to be judged: `mine` against `other`.
 
     method, against: what the two are called. noise: the floor, in units of the score, None if it was not measured.
-    apart: why the two cannot be compared; if there is anything, they are not. noted: what else differs.
+    remeasured: they are one variant, measured twice. apart: why the two cannot be compared; if there is anything, they
+    are not. noted: what else differs.
     """
 
     model: str
@@ -29,6 +30,7 @@ class Match:
     mine: Record | None
     other: Record
     noise: float | None = None
+    remeasured: bool = False
     apart: tuple[str, ...] = ()
     noted: tuple[str, ...] = ()
 
@@ -99,7 +101,7 @@ def _pair(match: Match) -> Pair:
     if None in samples:
         raise PTQError(f"{name}: its records keep no outcome per document for {match.other.result['headline']}, "
                        f"so it cannot be compared: leave it out of --tasks")
-    return Pair(*samples, match.noise, name)
+    return Pair(*samples, match.noise, match.remeasured, name)
 
 
 def _turned(match: Match, found: Verdict) -> Verdict:
