@@ -245,8 +245,9 @@ def install(monkeypatch, tmp_path):
         for i, (name, source) in enumerate(pairs):
             value = source
             if ":" not in source or "\n" in source:
-                value = f"theirs_{i}_{name}:Mine"
-                (tmp_path / f"theirs_{i}_{name}.py").write_text(source)
+                module = f"theirs_{i}_of_{tmp_path.name}"  # of each test its own: modules outlive tests
+                value = f"{module}:Mine"
+                (tmp_path / f"{module}.py").write_text(source)
             found.append(importlib.metadata.EntryPoint(name, value, method.ENTRY_POINTS))
         monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [p for p in found if p.group == group])
     return points
