@@ -99,7 +99,8 @@ def test_a_difference_inside_the_noise_is_not_significant(given, toy_folder, mon
 
 @pytest.mark.parametrize("wrong, words", [
     ({"against": []}, "nothing to compare with"), ({"against": ["rtn"]}, "asked for twice: rtn"),
-    ({"against": ["gptqq"]}, "did you mean 'gptq'"), ({"repeats": -1}, "repeats is -1"), ({"model": "tiny-llama-x"}, "tiny-llama-s"),
+    ({"against": ["gptqq"]}, "did you mean 'gptq'"), ({"repeats": -1}, "repeats is -1"),
+    ({"model": "tiny-llama-x"}, "tiny-llama-s"),
 ])
 def test_mistakes_before_any_work(given, runner, toy_folder, wrong, words):
     asked = {"model": str(toy_folder), "candidate": "rtn", "against": ["gptq"], "tasks": TASKS} | wrong
