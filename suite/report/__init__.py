@@ -59,6 +59,7 @@ def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl"
     """
     base, wanted = data.planted(setting.model["name"])[0], set(methods)
     points: dict[str, list[tuple[float, float, float, float]]] = {}
+    full = float("nan")
     for model in store.models():
         name, severity, _ = data.planted(model)
         if name != base:
@@ -66,22 +67,18 @@ def severity_figure(store: Store, setting: Setting, task: str = "world_wiki_ppl"
         record = max(store.records(model=model), key=lambda r: r.provenance.get("date", ""))
         comparison = data.compare(store, replace(setting, model=record.identity["model"]))
         for row in comparison.rows:
-            if task in row.scores and (not wanted or row.label in wanted):
-                points.setdefault(row.label, []).append((severity or 1.0, *_band(comparison, row, task)))
+            added = tables.delta(comparison, row, task)
+            if row.label == data.FULL and task in row.scores:
+                full = row.scores[task].value
+            elif added is not None and (not wanted or row.label in wanted):
+                bounds = (added.low, added.high) if added.low == added.low else (added.value, added.value)
+                points.setdefault(row.label, []).append((severity or 1.0, added.value, *bounds))
     points = {label: found for label, found in points.items() if len({severity for severity, *_ in found}) > 1}
     if not points:
         return []
-    figure = plots.severity(base, task, points, setting.scheme)
+    figure = plots.severity(base, task, points, setting.scheme, full)
     plain = replace(setting, model={**setting.model, "name": base})
     return _write(store, plain, plots.files(figure, f"{setting.stem}-severity"))
-
-
-def _band(comparison: data.Comparison, row: data.Row, task: str) -> tuple[float, float, float]:
-    """(perplexity, low, high), the interval being that of the paired difference to full precision."""
-    value, found = row.scores[task].value, tables.delta(comparison, row, task)
-    if found is None or found.low != found.low:
-        return value, value, value
-    return value, value + found.low - found.value, value + found.high - found.value
 
 
 def terminal_table(store: Store, setting: Setting, paths: Iterable[Path] = (), methods: Iterable[str] = (),

@@ -214,28 +214,34 @@ def error_growth(comparison: Comparison) -> Figure | None:
 
 
 def severity(base: str, task: str, points: Mapping[str, Sequence[tuple[float, float, float, float]]],
-             scheme: str) -> Figure:
-    """Perplexity against the severity of planted outliers, one line per method.
+             scheme: str, full: float) -> Figure:
+    """What each method adds to the perplexity of full precision, against the severity of planted outliers.
 
-    points: variant -> (severity, perplexity, low, high), the bootstrap interval over windows of the difference to full
-    precision laid around the perplexity; severity 1 is the plain model.
+    points: variant -> (severity, perplexity added, low, high), with the bootstrap interval over windows; severity 1 is the
+    plain model. full: the perplexity of full precision. The axis is logarithmic, since methods part by orders of magnitude;
+    a point that adds nothing has no place on it and is left out.
     """
     figure, axes = _figure(6.4, 4.0)
     with matplotlib.rc_context(_RC):
+        axes.set_yscale("log")
         for label, found in points.items():
-            ordered = sorted(found)
+            ordered = [point for point in sorted(found) if point[1] > 0]
+            if not ordered:
+                continue
             _line(axes, label, [(s, p) for s, p, _, _ in ordered])
-            axes.fill_between([s for s, *_ in ordered], [x[2] for x in ordered], [x[3] for x in ordered],
+            # the band ends at the smallest positive number where an interval reaches below zero
+            axes.fill_between([s for s, *_ in ordered], [max(x[2], 1e-6) for x in ordered], [x[3] for x in ordered],
                               color=style(label)[0], alpha=0.15, linewidth=0)
-        values = [p for found in points.values() for _, p, _, _ in found]
-        if max(values) > 2.5 * min(values):
-            axes.set_yscale("log")
+        values = [p for found in points.values() for _, p, _, _ in found if p > 0]
+        if values:
+            axes.set_ylim(min(values) / 2, max(values) * 2)
             _log_ticks(axes, values)
         severities = sorted({s for found in points.values() for s, *_ in found})
         axes.set_xscale("log", base=2)
         axes.set_xticks(severities, ["plain" if s == 1 else f"{s:g}" for s in severities])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        axes.set(xlabel="severity of the planted outliers", ylabel=f"{heading(task)} perplexity")
+        axes.set(xlabel="severity of the planted outliers",
+                 ylabel=f"{heading(task)} perplexity added to {full:.3f},\nthat of full precision")
         axes.set_title(f"{base} with PLANTED outliers, {scheme}\nperplexity against outlier severity")
         figure.legend(loc="outside right center", handlelength=3.6)
     return figure
