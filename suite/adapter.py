@@ -15,7 +15,7 @@ import inspect
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from suite import arch, checkpoint, hub, kv, models, paths, plugins, walk, windows
+from suite import arch, checkpoint, hub, kv, models, paths, plugins, sandbox, walk, windows
 from suite import calib as calibration
 from suite import method as methods
 from suite.errors import PTQError, unknown
@@ -490,16 +490,87 @@ def _perplexity(sums: list[tuple[float, int]]) -> float:
 # ---------------------------------------------------------------------------------------------- lm-eval
 
 
+BORROWED = ("gsm8k", "hellaswag", "mmlu/default")  # folders of lm-eval's own tasks that the group `paper` names
+
+
 def task_manager(metadata: Mapping[str, Any] | None = None, include_defaults: bool = False,
                  include_path: str | Sequence[str] | None = None) -> lm_eval.tasks.TaskManager:
-    """lm-eval's task manager with the suite's tasks.
+    """lm-eval's task manager with the suite's tasks, and those of lm-eval that the paper uses.
 
-    include_defaults: lm-eval's own tasks too; reading the index of their 14,000 takes ten seconds. metadata: what the
+    include_defaults: all of lm-eval's own tasks; reading the index of their 14,000 takes ten seconds. metadata: what the
     tasks may read, {"text": file, "window": tokens} for window tasks. include_path: further folders with tasks.
     """
     further = [include_path] if isinstance(include_path, str) else list(include_path or ())
-    return lm_eval.tasks.TaskManager(include_path=[str(paths.tasks()), *further], include_defaults=include_defaults,
-                                     metadata=dict(metadata or {}))
+    return lm_eval.tasks.TaskManager(include_path=[*([] if include_defaults else _borrowed()), str(paths.tasks()), *further],
+                                     include_defaults=include_defaults, metadata=dict(metadata or {}))
+
+
+def _borrowed() -> list[str]:
+    return [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in BORROWED]
+
+
+def is_ours(manager: lm_eval.tasks.TaskManager, name: str) -> bool:
+    """Whether a task or group is one of the suite's files."""
+    path = manager.task_index[name].yaml_path if name in manager.task_index else None
+    return path is not None and paths.tasks() in Path(path).parents
+
+
+def members(manager: lm_eval.tasks.TaskManager, name: str) -> list[tuple[str, dict[str, Any]]]:
+    """The direct members of a group, each with what the group sets for it; of anything else, itself.
+
+    >>> members(task_manager(), "paper")[2]  # doctest: +SKIP
+    ('gsm8k', {'num_fewshot': 5})
+    """
+    listed = (manager.task_index[name].cfg or {}).get("task")
+    if not isinstance(listed, list):
+        return [(name, {})]
+    found = []
+    for member in listed:
+        set_ = dict(member) if isinstance(member, Mapping) else {"task": member}
+        found.append((set_.pop("group", None) or set_.pop("task"), set_))
+    return found
+
+
+def leaves(manager: lm_eval.tasks.TaskManager, name: str) -> list[str]:
+    """The tasks behind a name: those of a group or tag, of groups in groups; of a task, itself."""
+    entry = manager.task_index[name]
+    if not entry.yaml_path and entry.tags:
+        return sorted(entry.tags)
+    below = [member for member, _ in members(manager, name)]
+    return [name] if below == [name] else [leaf for member in below if member in manager.task_index
+                                           for leaf in leaves(manager, member)]
+
+
+def executes_code(manager: lm_eval.tasks.TaskManager, name: str) -> list[str]:
+    """The tasks behind a name whose scoring runs what the model wrote."""
+    return [leaf for leaf in leaves(manager, name) if (manager.task_index[leaf].cfg or {}).get("unsafe_code")]
+
+
+def check_code_execution(manager: lm_eval.tasks.TaskManager, names: Iterable[str], allowed: bool) -> None:
+    """Raises PTQError if tasks among those named execute code and that was not allowed, cannot be confined on this
+    machine, or would be executed by lm-eval in the open."""
+    unsafe = sorted({leaf for name in names for leaf in executes_code(manager, name)})
+    if not unsafe:
+        return
+    confined = [name for name in manager.all_tasks if is_ours(manager, name) and executes_code(manager, name) == [name]]
+    if stray := [name for name in unsafe if name not in confined]:
+        raise PTQError(f"task {stray[0]} executes code of the model, and lm-eval does so unconfined: "
+                       f"in the suite's sandbox run {', '.join(confined)}")
+    if not allowed:
+        raise PTQError(f"task {', '.join(unsafe)} executes code that the model writes: pass --allow-code-execution to "
+                       f"run it in a sandbox, or leave the task out")
+    sandbox.require()
+
+
+def remote(manager: lm_eval.tasks.TaskManager, name: str) -> list[str]:
+    """The tasks behind a name whose data stands on the hub alone: neither in the package nor below --data-dir."""
+    found = []
+    for leaf in leaves(manager, name):
+        config = manager.task_index[leaf].cfg or {}
+        repository = config.get("dataset_path") or (config.get("dataset") or {}).get("path")
+        if (repository or not is_ours(manager, leaf)) and not (repository and hub.local_copy(repository)):
+            found.append(leaf)
+    return found
 
 
 @contextlib.contextmanager
@@ -532,6 +603,10 @@ def run_lm_eval(argv: Sequence[str]) -> None:
 
     setup_logging()
     parser = HarnessCLI()
+    argv, data_dir = _without_value(argv, "--data-dir")
+    hub.use_data_dir(data_dir and Path(data_dir))
+    allowed = "--allow-code-execution" in argv
+    argv = [word for word in argv if word != "--allow-code-execution"]
     given, sys.argv = sys.argv, ["ptq lm-eval", *argv]  # its parser reads, and completes, the process's own arguments
     try:
         args = parser.parse_args()
@@ -540,10 +615,14 @@ def run_lm_eval(argv: Sequence[str]) -> None:
     if hasattr(args, "include_path"):
         theirs = [args.include_path] if args.include_path else []
         args.include_path = [str(paths.tasks()), *theirs]
+    confirmed = getattr(args, "confirm_run_unsafe_code", False)  # in lm-eval's own words, for its own tasks
     if args.command == "run":
         _complete(args)
+        if allowed:
+            args.confirm_run_unsafe_code = True
     mine = ours()
-    with _indexing(args, mine), contextlib.nullcontext() if sys.stderr.isatty() else no_bars():
+    with (_indexing(args, mine, allowed, confirmed), hub.local_sets(),
+          contextlib.nullcontext() if sys.stderr.isatty() else no_bars()):
         try:
             parser.execute(args)
         except ValueError as error:
@@ -560,7 +639,8 @@ def run_lm_eval(argv: Sequence[str]) -> None:
 
 def ours() -> list[str]:
     """The names of the suite's tasks and groups."""
-    return sorted(task_manager().all_tasks)
+    manager = task_manager()
+    return sorted(name for name in manager.all_tasks if is_ours(manager, name))
 
 
 def _complete(args: Any) -> None:
@@ -577,6 +657,21 @@ def _complete(args: Any) -> None:
             raise PTQError(f"lm-eval refuses these arguments: {error}") from None
 
 
+def _without_value(argv: Sequence[str], option: str) -> tuple[list[str], str | None]:
+    """A command line without an option of the suite's own, and the option's value."""
+    kept, value, words = [], None, iter(argv)
+    for word in words:
+        if word == option:
+            value = next(words, None)
+            if value is None:
+                raise PTQError(f"{option} needs a value")
+        elif word.startswith(f"{option}="):
+            value = word.partition("=")[2]
+        else:
+            kept.append(word)
+    return kept, value
+
+
 def _asked(args: Any) -> set[str]:
     """The names of the tasks that lm-eval's command line is given, as far as they stand on it."""
     given = getattr(args, "tasks", None) or []
@@ -584,17 +679,24 @@ def _asked(args: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def _indexing(args: Any, mine: Sequence[str]) -> Iterator[None]:
+def _indexing(args: Any, mine: Sequence[str], allowed: bool, confirmed: bool) -> Iterator[None]:
     """Lets the task manager that lm-eval's command line builds leave out lm-eval's own tasks where none of them is
     asked for, and miss a hub that they need before the model is loaded; it has no argument for either."""
-    theirs, from_defaults = lm_eval.tasks.TaskManager, _asked(args) - set(mine)
-    whole = args.command not in ("run", "validate") or from_defaults or getattr(args, "config", None)
+    theirs, asked = lm_eval.tasks.TaskManager, _asked(args)
+    known = set(task_manager().all_tasks)
+    whole = args.command not in ("run", "validate") or asked - known or getattr(args, "config", None)
 
     class Manager(theirs):
         def __init__(self, *positional: Any, **named: Any):
+            if not whole:
+                named["include_path"] = [*_borrowed(), *(named.get("include_path") or ())]
             super().__init__(*positional, **{**named, "include_defaults": bool(whole)})
-            if args.command == "run" and (fetching := sorted(from_defaults & set(self.all_tasks))):
-                hub.require(f"the data of task {fetching[0]!r}", "tasks of the suite: " + ", ".join(mine))
+            if args.command == "run":
+                found = sorted(asked & set(self.all_tasks))
+                if not confirmed:
+                    check_code_execution(self, found, allowed)
+                if fetching := [leaf for name in found for leaf in remote(self, name)]:
+                    hub.require(f"the data of task {fetching[0]!r}", "tasks of the suite: " + ", ".join(mine))
 
     lm_eval.tasks.TaskManager = Manager
     try:

@@ -5,17 +5,21 @@ The hub's own client retries for minutes where nothing answers; here one questio
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from suite.errors import PTQError
 
 TIMEOUT = 4.0  # seconds for the one question whether the hub answers
 _TRUE = {"1", "on", "yes", "true"}
+DATA_DIR = "PTQ_DATA_DIR"  # the environment's name for the folder of local copies; reaches worker processes too
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
 SKIPPED = ["original/*", "onnx/*", "*.bin", "*.pth", "*.gguf"]
 
@@ -115,10 +119,96 @@ def dataset(path: str, name: str | None, split: str, instead: str, **options):
     Raises PTQError: no hub, no such set, not in the cache, connection lost.
     """
     what = f"data set {path!r}"
-    require(what, instead)
+    if local_copy(path) is None:
+        require(what, instead)
     import datasets
 
     try:
-        return datasets.load_dataset(path, name, split=split, **options)
+        with local_sets():
+            return datasets.load_dataset(path, name, split=split, **options)
+    except PTQError:
+        raise
     except Exception as error:  # the client lets through what each of its formats raises
         raise fault(error, what, instead) from None
+
+
+# ---------------------------------------------------------------------------------------------- local copies
+
+
+def local_copy(repository: str) -> Path | None:
+    """The folder of a data set below the folder of --data-dir, or None: "openai/gsm8k" is looked for as openai/gsm8k,
+    openai--gsm8k and openai_gsm8k."""
+    root = os.environ.get(DATA_DIR)
+    if not root:
+        return None
+    names = (repository, repository.replace("/", "--"), repository.replace("/", "_"))
+    return next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
+
+
+def use_data_dir(folder: Path | None) -> None:
+    """Takes data sets from the copies below a folder from now on, where it has them. Raises PTQError if there is none."""
+    if folder is None:
+        return
+    if not folder.is_dir():
+        raise PTQError(f"data folder {str(folder)!r} does not exist: give the folder that holds openai/gsm8k, ...")
+    os.environ[DATA_DIR] = str(folder.absolute())
+
+
+@contextlib.contextmanager
+def local_sets() -> Iterator[None]:
+    """Lets `datasets.load_dataset`, which lm-eval's tasks call, find the local copies; without any it changes nothing."""
+    if not os.environ.get(DATA_DIR):
+        yield
+        return
+    import datasets
+
+    theirs = datasets.load_dataset
+
+    def load(path: str, name: str | None = None, *, split: str | None = None, data_files: Any = None,
+             **options: Any) -> Any:
+        if (folder := local_copy(path)) is None:
+            return theirs(path, name, split=split, data_files=data_files, **options)
+        return _local(theirs, folder, name, split, data_files)
+
+    datasets.load_dataset = load
+    try:
+        yield
+    finally:
+        datasets.load_dataset = theirs
+
+
+def _local(load: Any, folder: Path, name: str | None, split: str | None, data_files: Any) -> Any:
+    """A set from a folder: a copy of the hub's repository, or files named by split: test.jsonl, train-00000.parquet.
+
+    A file of all configurations is told apart by its column "subject", as in copies of MMLU; a single file is any split
+    that is asked for.
+    """
+    if (folder / "README.md").is_file() and "configs:" in (folder / "README.md").read_text(encoding="utf-8"):
+        return load(str(folder), name, split=split, data_files=data_files)
+    inside = folder / name if name and (folder / name).is_dir() else folder
+    if data_files is not None:
+        named = data_files if isinstance(data_files, Mapping) else {split or "train": data_files}
+        files = {key: [str(folder / file) for file in ([value] if isinstance(value, str) else value)]
+                 for key, value in named.items()}
+    else:
+        files = {}
+        for path in sorted(p for p in inside.rglob("*") if p.is_file() and _format(p)):
+            files.setdefault(path.name.partition(".")[0].partition("-")[0], []).append(str(path))
+    if data_files is None and len(files) == 1 and next(iter(files)) not in ("train", "validation", "test", "dev"):
+        files = {split or "test": next(iter(files.values()))}
+    missing = [file for paths in files.values() for file in paths if not Path(file).is_file()]
+    if not files or missing or (split is not None and split not in files):
+        lacks = f"lacks {Path(missing[0]).name}" if missing else f"has no file of split {split or 'test'!r}"
+        raise PTQError(f"local copy {str(folder)!r} {lacks}: found {', '.join(sorted(files)) or 'no data file'}; name "
+                       f"files by split, e.g. test.jsonl or test-00000-of-00001.parquet")
+    found = load(_format(Path(next(iter(files.values()))[0])), data_files=files)
+    if name and inside == folder:
+        found = type(found)({key: rows.filter(lambda row: row["subject"] == name) if "subject" in rows.column_names
+                             else rows for key, rows in found.items()})
+    return found if split is None else found[split]
+
+
+def _format(path: Path) -> str | None:
+    """The reader of `datasets` for a file, None for what is no data."""
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    return {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(suffixes[-1] if suffixes else "")

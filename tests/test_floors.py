@@ -29,9 +29,9 @@ LAYOUT = [
     (0, "suite.hadamard", "torch"),
     (0, "suite.stiefel", "torch"),
     (0, "suite.resume", "torch"),
-    (1, "suite.conformance", ""),
     (0, "suite.cell", ""),  # a script that a bare interpreter runs: it imports nothing of the suite
     (0, "suite.sandbox", ""),
+    (1, "suite.conformance", ""),
     (1, "suite.method", "torch"),
     (1, "suite.plugins", ""),
     (1, "suite.linear", "torch"),
