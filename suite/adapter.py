@@ -213,6 +213,15 @@ class PTQ(HFLM):
                 database.commit()
         super().set_cache_hook(cache_hook)
 
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """As `HFLM.generate_until`. Raises PTQError for answers that are longer than all that the model takes."""
+        for request in requests:
+            asked = request.args[1].get("max_gen_toks", self.max_gen_toks)
+            if asked >= self.max_length:
+                raise PTQError(f"task {request.task_name} asks for answers of up to {asked} tokens, and the model takes "
+                               f"{self.max_length} in all, the question among them: leave the task out")
+        return super().generate_until(requests, disable_tqdm)
+
     # ------------------------------------------------------------------ window perplexity
 
     def window_nll(self, requests: Sequence[WindowRequest], disable_tqdm: bool = False) -> list[dict]:

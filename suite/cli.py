@@ -492,6 +492,7 @@ def lm_eval(arguments):
       ptq lm-eval run --model ptq --model_args pretrained=/tmp/hybrid --tasks world_events --limit 20
       ptq lm-eval run --plugin my_method.py --model ptq --model_args pretrained=tiny-llama-s,method=my_method \\
           --tasks world_math
+      ptq lm-eval run --model ptq --model_args pretrained=tiny-llama-m --tasks world_code --allow-code-execution
       ptq lm-eval ls tasks
     """
     if arguments in (("--help",), ("-h",), ()):
@@ -528,6 +529,10 @@ def lm_eval(arguments):
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
 @click.option("--revision", help="Of a model of the hub.")
+@click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task.  [all; --fast: 64]")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with local copies of the hub's data sets.")
+@click.option("--allow-code-execution", is_flag=True,
+              help="Let tasks such as humaneval run the model's programs, in a sandbox.")
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
 @click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]")
 @click.option(
@@ -552,6 +557,9 @@ def reproduce(
     severities,
     results,
     revision,
+    limit,
+    data_dir,
+    allow_code_execution,
     fresh,
     workers,
     allow_eval_calibration,
@@ -569,6 +577,7 @@ def reproduce(
       ptq reproduce tiny-llama-m --severities 2,4,8,16,32
       ptq reproduce tiny-llama-s --plugin my_method.py --methods fp16,gptq,my_method,awq+my_method
       ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
+      ptq reproduce qwen1.5-0.5b --tasks paper --limit 100 --data-dir ./sets --allow-code-execution
     """
     steps = [_severity(word) for word in severities or ()]
     scheme = {
@@ -577,10 +586,11 @@ def reproduce(
         if value is not None
     }
 
-    from suite import experiments, report
+    from suite import experiments, hub, report
     from suite.progress import Progress
     from suite.store import Store
 
+    hub.use_data_dir(data_dir)
     store = Store(results)
     given = dict(
         store=store,
@@ -592,6 +602,8 @@ def reproduce(
         seqlen=seqlen,
         seed=seed,
         fast=fast,
+        limit=limit,
+        allow_code_execution=allow_code_execution,
         allow_eval_calibration=allow_eval_calibration,
         fresh=fresh,
         revision=revision,
@@ -1015,7 +1027,7 @@ def _told(method: type) -> str:
 
 def _models() -> list[dict]:
     from suite import zoo
-    from suite.paths import KNOWN_MODELS
+    from suite.paths import known_models
 
     rows = [
         {
@@ -1026,7 +1038,7 @@ def _models() -> list[dict]:
         }
         for e in zoo.TABLE.values()
     ]
-    for name, known in json.loads(KNOWN_MODELS.read_text()).items():
+    for name, known in known_models().items():
         rows.append(
             {
                 "name": name,

@@ -39,7 +39,8 @@ NUMERICS = 1  # to be raised by every change of the suite that changes results: 
 METHODS = ("fp16", "rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq", "spinquant", "mp-gptq", "cka-hybrid")
 FAST_METHODS = tuple(name for name in METHODS if name != "spinquant")  # learning takes longer than all others together
 EMBEDDED_TASKS = ("world_wiki_ppl", "world_chat_ppl", "world_math", "world_events", "world_quiz")
-PAPER_TASKS = ("wikitext2_ppl", "c4_ppl", "gsm8k", "hellaswag", "mmlu")
+PAPER_TASKS = ("paper",)  # tasks/paper.yaml names them, with their numbers of examples
+CODE_TASK = "world_code"  # of the embedded tasks, the one that needs permission to execute code
 INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
 # What an embedded model takes, in matched mode, in place of a default that was published for large ones. SpinQuant: in
 # networks of width 128 and 256 gradients are so small that the published rate hardly turns a rotation; on calibration
@@ -143,9 +144,10 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
               options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
               calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
               fast: bool = False, limit: int | None = None, fewshot: int | None = None,
-              allow_eval_calibration: bool = False, fresh: bool | str = False, revision: str | None = None,
-              device: str | None = None, dtype: str | None = None, batch_size: int | None = None,
-              batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None, workers: int | None = 1,
+              allow_eval_calibration: bool = False, allow_code_execution: bool = False, fresh: bool | str = False,
+              revision: str | None = None, device: str | None = None, dtype: str | None = None,
+              batch_size: int | None = None, batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None,
+              workers: int | None = 1,
               progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
@@ -154,6 +156,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     mode: "matched" (one scheme, one calibration set for all) or "native" (each method's own published setting).
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences; such records are of their own.
     Without `methods`, what is left out then is SpinQuant, which learns.
+    allow_code_execution: lets tasks run, in a sandbox, the programs that the model writes; without it such tasks are
+    refused, or left out where no tasks are named.
     fresh: measure everything again; "code": what other code than today's has measured. batch_size: of the evaluation,
     batch_tokens: of the calibration; both move results by round-off only. threads: of torch, None: one for a small
     model. workers: variants measured at the same time, each in a process of its own; None: as many as there are cores
@@ -167,8 +171,9 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     """
     planned = plan(model, methods, tasks, store=store, options=options, kvbits=kvbits, mode=mode,
                    calib_source=calib_source, nsamples=nsamples, seqlen=seqlen, seed=seed, fast=fast, limit=limit,
-                   fewshot=fewshot, allow_eval_calibration=allow_eval_calibration, fresh=fresh, revision=revision,
-                   device=device, dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
+                   fewshot=fewshot, allow_eval_calibration=allow_eval_calibration,
+                   allow_code_execution=allow_code_execution, fresh=fresh, revision=revision, device=device,
+                   dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
     run(planned.jobs, workers, progress, runner)
     return planned.outcome
 
@@ -195,9 +200,9 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
          options: Mapping[str, Any] | None = None, kvbits: int = UNQUANTIZED_BITS, mode: str = "matched",
          calib_source: str | None = None, nsamples: int | None = None, seqlen: int | None = None, seed: int = 0,
          fast: bool = False, limit: int | None = None, fewshot: int | None = None, allow_eval_calibration: bool = False,
-         fresh: bool | str = False, revision: str | None = None, device: str | None = None, dtype: str | None = None,
-         batch_size: int | None = None, batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None,
-         tests: Tasks | None = None) -> Planned:
+         allow_code_execution: bool = False, fresh: bool | str = False, revision: str | None = None,
+         device: str | None = None, dtype: str | None = None, batch_size: int | None = None,
+         batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None, tests: Tasks | None = None) -> Planned:
     """What `reproduce` would have to measure; takes what it takes, checks what it checks, runs no model.
 
     tests: the tasks, if they are loaded already.
@@ -212,7 +217,9 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
     built = _build(methods or (FAST_METHODS if fast else METHODS), options or {}, mode, own)
     if source.folder is None:
         hub.require(f"model {source.repository!r}", INSTEAD)
-    tests = tests or Tasks(tasks or (EMBEDDED_TASKS if embedded else PAPER_TASKS), limit, fewshot)
+    usual = (*EMBEDDED_TASKS, *([CODE_TASK] if allow_code_execution else [])) if embedded else PAPER_TASKS
+    tests = tests or Tasks(tasks or usual, limit, fewshot, allow_code_execution=allow_code_execution,
+                           leave_out_code=not tasks)
 
     source = source.fetched()
     config = models.read_json(source.folder / "config.json")
@@ -227,7 +234,7 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
                          batch_tokens)
     overlaps = _overlaps(variants, tests, allow_eval_calibration)
 
-    identity = models.identify(model, revision)
+    identity = models.identify(model, source.revision)
     shared = next((v.diagnosed_on for v in variants if v.diagnosed_on is not None), None)
     scheme = str(method.Scheme.of(**(options or {}))) if mode == "matched" else _bits(options or {})
     setting = Setting(identity, _with_cache(scheme, kvbits), mode, told(shared) if mode == "matched" else None,
@@ -237,7 +244,7 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
 
     small = config.get("hidden_size", 0) < SMALL_WIDTH
     threads = threads or (1 if small else None)
-    shared_job = dict(model=model, identity=identity, dtype=kept, revision=revision, device=str(device),
+    shared_job = dict(model=model, identity=identity, dtype=kept, revision=source.revision, device=str(device),
                       batch_size=batch_size, threads=threads, layers=config.get("num_hidden_layers", 1), small=small,
                       store=store, tests=tests.recipe, tasks={name: tests.identity(name) for name in tests.names})
     jobs = []
@@ -249,8 +256,9 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
             overlapping = frozenset(task for task in missing if (variant.label, task) in overlaps)
             jobs.append(Job(variant, missing, unquantized, overlapping, **shared_job))
     measured = sum(len(job.missing) for job in jobs)
+    note = "; ".join(filter(None, (source.note, tests.note)))
     outcome = Outcome(source.name, setting, tuple(v.label for v in variants), tests.names, measured,
-                      len(variants) * len(tests.names) - measured, source.note,
+                      len(variants) * len(tests.names) - measured, note,
                       {(v.label, task): v.evaluation(identity, kept, tests.identity(task))
                        for v in variants for task in tests.names})
     return Planned(outcome, variants, jobs, tests)
@@ -612,37 +620,68 @@ _SEEDS = {"random": 0, "other": 1234}  # lm-eval's own defaults
 class Tasks:
     """Tasks of lm-eval by name, the suite's own among them, and what identifies each.
 
-    limit: only so many documents (or windows) of each; fewshot: examples before each question, None: the task's own;
-    metadata: what tasks may read: {"text": file, "window": tokens} for window tasks.
+    A group without a common score, like `paper` or `world`, stands for its members.
 
-    Raises PTQError: unknown task (with near misses), a task whose data is not to be had.
+    limit: only so many documents (or windows) of each; fewshot: examples before each question, None: those that the
+    group `paper` states, else the task's own; metadata: what tasks may read: {"text": file, "window": tokens} for
+    window tasks. allow_code_execution: whether tasks may run, in the sandbox, what the model writes; without it they
+    are refused, or with leave_out_code left out, which `note` tells.
+
+    Raises PTQError: unknown task (with near misses), a task whose data is not to be had, execution of code that was not
+    allowed or cannot be confined.
     """
 
     def __init__(self, names: Sequence[str], limit: int | None = None, fewshot: int | None = None,
-                 metadata: Mapping[str, Any] | None = None):
+                 metadata: Mapping[str, Any] | None = None, allow_code_execution: bool = False,
+                 leave_out_code: bool = False):
         from suite import adapter
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of tasks without metadata, of models in memory
-        self.names, self.limit, self.fewshot, self._metadata = tuple(names), limit, fewshot, dict(metadata or {})
-        own = adapter.task_manager(self._metadata)
-        self._manager, self._own = own, frozenset(own.all_tasks)
-        if any(name not in own.task_index for name in names):
+        self.limit, self.fewshot, self._metadata = limit, fewshot, dict(metadata or {})
+        self.allow_code_execution, self.note = allow_code_execution, ""
+        self._manager = adapter.task_manager(self._metadata)
+        if any(name not in self._manager.task_index for name in names):
             self._manager = adapter.task_manager(self._metadata, include_defaults=True)
         for name in names:
             if name not in self._manager.task_index:
-                raise unknown("task", name, {*own.all_tasks, *PAPER_TASKS, "any other task of lm-eval"})
-        self.recipe = {"names": self.names, "limit": limit, "fewshot": fewshot, "metadata": self._metadata}
+                raise unknown("task", name, {*adapter.ours(), *dict(adapter.members(self._manager, "paper")),
+                                             "any other task of lm-eval"})
+        expanded = dict.fromkeys(member for name in names for member in self._members(name))
+        if leave_out_code and not allow_code_execution and (left := [
+                name for name in expanded if adapter.executes_code(self._manager, name)]):
+            expanded = dict.fromkeys(name for name in expanded if name not in left)
+            self.note = f"{', '.join(left)} left out, since scoring executes code of the model: --allow-code-execution"
+        adapter.check_code_execution(self._manager, expanded, allow_code_execution)
+        self.names = tuple(expanded)
+        self._shots = {name: set_["num_fewshot"] for name, set_ in adapter.members(self._manager, "paper")
+                       if "num_fewshot" in set_}
+        self.recipe = {"names": self.names, "limit": limit, "fewshot": fewshot, "metadata": self._metadata,
+                       "allow_code_execution": allow_code_execution}
         self._loaded: dict[str, Mapping[str, Any]] = {}
         self._identities: dict[str, dict[str, Any]] = {}
 
+    def _members(self, name: str) -> list[str]:
+        """The tasks that a name stands for in a table: itself, or the members of a group that has no score."""
+        from suite import adapter
+
+        if (self._manager.task_index[name].cfg or {}).get("aggregate_metric_list"):
+            return [name]
+        below = [member for member, _ in adapter.members(self._manager, name)]
+        return [name] if below == [name] else [one for member in below for one in self._members(member)]
+
     def loaded(self, name: str) -> Mapping[str, Any]:
         """The tasks and groups behind a name, as `lm_eval.evaluate` takes them."""
+        from suite import adapter
+
         if name not in self._loaded:
-            what, instead = f"task {name!r}", f"other --tasks, e.g. {','.join(EMBEDDED_TASKS)}"
-            if name not in self._own:
+            what, instead = f"task {name!r}", f"--data-dir, or other --tasks, e.g. {','.join(EMBEDDED_TASKS)}"
+            if adapter.remote(self._manager, name):
                 hub.require(what, instead)
             try:
-                found = self._manager.load([name])
+                with hub.local_sets():
+                    found = self._manager.load([name])
+            except PTQError:
+                raise
             except Exception as error:  # the client lets through what each of its formats raises
                 if hub.is_fault(error):
                     raise hub.fault(error, what, instead) from None
@@ -650,6 +689,8 @@ class Tasks:
             for task in found["tasks"].values():
                 if self.fewshot is not None and task.get_config("num_fewshot") != 0:  # 0 in a YAML stays
                     task.set_config(key="num_fewshot", value=self.fewshot)
+                elif name in self._shots:
+                    task.set_config(key="num_fewshot", value=self._shots[name])
                 elif task.get_config("num_fewshot") is None:
                     task.set_config(key="num_fewshot", value=0)
                 task.set_fewshot_seed(seed=_SEEDS["other"])
@@ -720,7 +761,12 @@ class Runner:
         weights = sum(layer["weights"] for layer in layers)
         return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
                 "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"],
-                "fingerprint": models.fingerprint(self._loaded.model)}
+                "fingerprint": models.fingerprint(self._loaded.model), **self._revision}
+
+    @property
+    def _revision(self) -> dict[str, str]:
+        """The commit of a model of the hub, for the record; what identifies the model is the digest of its files."""
+        return {"revision": self._loaded.revision} if self._loaded.revision else {}
 
     def evaluate(self, tests: Tasks, name: str) -> dict[str, Any]:
         """One task through lm-eval: see `outcome_of`."""
@@ -746,7 +792,7 @@ def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]
     torch.manual_seed(_SEEDS["other"])
     with no_bars():
         return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
-                        bootstrap_iters=1000)
+                        bootstrap_iters=1000, confirm_run_unsafe_code=tests.allow_code_execution)
 
 
 def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -77,18 +77,19 @@ def _kinds(error: BaseException) -> set[str]:
 
 def is_fault(error: BaseException) -> bool:
     """Whether an error came from the hub's client: not there, not found, not allowed, not in the cache."""
-    return bool(_kinds(error) & {"ConnectionError", "HfHubHTTPError", "EntryNotFoundError", "DatasetNotFoundError"})
+    return bool(_kinds(error) & {"ConnectionError", "HfHubHTTPError", "EntryNotFoundError", "DatasetNotFoundError",
+                                 "TransportError"})
 
 
 def fault(error: BaseException, what: str, instead: str) -> PTQError:
     """The one-line error for what the hub's client raises."""
     kinds = _kinds(error)
-    if "GatedRepoError" in kinds:
+    if "GatedRepoError" in kinds or "DatasetNotFoundError" in kinds and "gated" in str(error):
         return PTQError(f"{what} is gated: accept its licence at {endpoint()}, log in with `hf auth login`, "
                         f"or pass {instead}")
     if "RevisionNotFoundError" in kinds:
         return PTQError(f"{what}: the hub has no such revision")
-    if "RepositoryNotFoundError" in kinds:
+    if kinds & {"RepositoryNotFoundError", "DatasetNotFoundError"}:
         return PTQError(f"{what} is not on the hub at {endpoint()}, or private: check the name, or pass {instead}")
     if offline() and kinds & {"LocalEntryNotFoundError", "FileNotFoundError", "ConnectionError"}:
         return PTQError(f"{what} is not in the cache, and HF_HUB_OFFLINE forbids to fetch it: "
@@ -109,12 +110,12 @@ def snapshot(repository: str, revision: str | None, instead: str) -> Path:
     try:
         return Path(snapshot_download(repository, revision=revision, allow_patterns=WEIGHT_PATTERNS,
                                       ignore_patterns=SKIPPED, local_files_only=offline()))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a connection that breaks comes through as what the transport below raises
         raise fault(error, what, instead) from None
 
 
 def dataset(path: str, name: str | None, split: str, instead: str, **options):
-    """One split of a data set of the hub, as `datasets.load_dataset` gives it.
+    """One split of a data set of the hub, as `datasets.load_dataset` gives it. options: `data_files`, by split.
 
     Raises PTQError: no hub, no such set, not in the cache, connection lost.
     """
@@ -124,6 +125,8 @@ def dataset(path: str, name: str | None, split: str, instead: str, **options):
     import datasets
 
     try:
+        if "data_files" in options and local_copy(path) is None:
+            return _files(path, split, **options)
         with local_sets():
             return datasets.load_dataset(path, name, split=split, **options)
     except PTQError:
@@ -132,16 +135,27 @@ def dataset(path: str, name: str | None, split: str, instead: str, **options):
         raise fault(error, what, instead) from None
 
 
+def _files(repository: str, split: str, data_files: Mapping[str, str]) -> Any:
+    """Single files of a large set. Fetched by name: `datasets` finds a set that was loaded by its files in the cache
+    only while the hub answers."""
+    import datasets
+    from huggingface_hub import hf_hub_download
+
+    fetched = {key: hf_hub_download(repository, file, repo_type="dataset", local_files_only=offline())
+               for key, file in data_files.items()}
+    return datasets.load_dataset(_format(Path(data_files[split])), data_files=fetched, split=split)
+
+
 # ---------------------------------------------------------------------------------------------- local copies
 
 
 def local_copy(repository: str) -> Path | None:
     """The folder of a data set below the folder of --data-dir, or None: "openai/gsm8k" is looked for as openai/gsm8k,
-    openai--gsm8k and openai_gsm8k."""
+    openai--gsm8k, openai_gsm8k and gsm8k."""
     root = os.environ.get(DATA_DIR)
     if not root:
         return None
-    names = (repository, repository.replace("/", "--"), repository.replace("/", "_"))
+    names = (repository, repository.replace("/", "--"), repository.replace("/", "_"), repository.rpartition("/")[2])
     return next((Path(root, name) for name in names if Path(root, name).is_dir()), None)
 
 

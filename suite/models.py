@@ -24,7 +24,7 @@ from suite import arch, checkpoint, hub, kv, paths, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
-KNOWN: dict[str, dict[str, Any]] = json.loads(paths.KNOWN_MODELS.read_text(encoding="utf-8"))
+KNOWN: dict[str, dict[str, Any]] = paths.known_models()
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _IDENTIFYING = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt")
 
@@ -43,12 +43,13 @@ class Source:
     note: str = ""
 
     def fetched(self) -> Source:
-        """The same, with its files in a local folder. Raises PTQError as `suite.hub.snapshot` does."""
+        """The same, with its files in a local folder, and the commit in place of a branch. Raises PTQError as
+        `suite.hub.snapshot` does."""
         if self.folder is not None:
             return self
         folder = hub.snapshot(self.repository, self.revision, _instead())
         _check_folder(folder, self.repository)
-        return replace(self, folder=folder)
+        return replace(self, folder=folder, revision=folder.name)  # snapshots are filed under their commit
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +57,7 @@ class Loaded:
     """A model ready to run, its tokenizer, and what identifies it.
 
     digest: sha256 over weights, configuration and tokenizer files, and over the planted outliers;
-    record: the record of a quantized folder, else None.
+    record: the record of a quantized folder, else None; revision: the commit of a model of the hub, else None.
     """
 
     model: nn.Module
@@ -66,6 +67,7 @@ class Loaded:
     kind: str
     record: dict | None = None
     note: str = ""
+    revision: str | None = None
 
     @property
     def identity(self) -> dict:
@@ -275,7 +277,7 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
         outliers.plant_(model, source.outliers)
     model = model.to(device).eval()
     return Loaded(model, checkpoint.load_tokenizer(source.folder), source.name, _digest(source), source.kind,
-                  note=source.note)
+                  note=source.note, revision=source.revision)
 
 
 def _pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -18,3 +19,10 @@ def tasks() -> Path:
     raise FileNotFoundError(
         f"the installation is incomplete: no tasks beside or inside {_PACKAGE.name}/; install it again"
     )
+
+
+def known_models() -> dict[str, dict]:
+    """The table of models of the hub that have a short name: "hub", "parameters", "gated", "licence", "shape" (as in
+    its config.json), and "note". An entry that is "like" another has all of that one's facts but those it states."""
+    table = json.loads(KNOWN_MODELS.read_text(encoding="utf-8"))
+    return {name: {**table.get(entry.get("like"), {}), **entry} for name, entry in table.items()}
