@@ -374,7 +374,7 @@ def window_nll(lm: HFLM, requests: Sequence[WindowRequest], disable_tqdm: bool =
             batch = min(batch, lm.batch_size)
         narrow = lm.mixed_precision_dtype
         with torch.autocast(lm.device.type, dtype=narrow, enabled=narrow is not None):
-            nll = windows.window_nll(lm.model, tokens, batch)
+            nll = windows.window_nll(lm.model, tokens, batch, keep_as=f"windows-{windows.digest(tokens)[:16]}-{batch}")
         answers.append({"nll": nll.tolist(), "predicted": size - 1, "protocol": cut.protocol})
     return answers
 

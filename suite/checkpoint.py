@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from suite import arch, provenance
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec, decode
 from suite.hadamard import Orthogonal
+from suite.layer_state import compact, spec_as_json
 from suite.linear import Online, QuantLinear, RoundedLinear, TokenRounding
 
 FORMAT = 1
@@ -69,11 +70,13 @@ def load_tokenizer(folder: Path) -> Any:
 # ---------------------------------------------------------------------------------------------- saving
 
 
-def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, overwrite: bool = False) -> Path:
+def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, overwrite: bool = False,
+         layers: Sequence[dict[str, Any]] | None = None) -> Path:
     """Writes a quantized model, whole or not at all; returns the folder.
 
     record: JSON that tells how the model came about (method configuration, scheme, calibration, layers, base model);
-    kept in ptq.json under "record". overwrite: replace a folder that an earlier `save` wrote.
+    kept in ptq.json under "record". overwrite: replace a folder that an earlier `save` wrote. layers: the states of the
+    quantized layers (`suite.layer_state.take`) of a model that does not hold them itself (suite.stream).
 
     Raises PTQError: the target exists and is not empty, or cannot be written; the model holds nothing quantized.
 
@@ -81,7 +84,7 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
     """
     folder = Path(folder).expanduser()
     check_target(folder, overwrite)
-    linears = _modules(model, QuantLinear, RoundedLinear)
+    linears = _linears(model, layers)
     if not linears:
         raise PTQError("this model has no quantized linear: save it with its own save_pretrained")
     try:
@@ -91,7 +94,7 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
         raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror}): "
                        f"give another with --out") from None
     try:
-        _write(model, tokenizer, temporary, linears, record)
+        _write(model, tokenizer, temporary, linears, record, layers)
         os.chmod(temporary, 0o755)  # mkdtemp's folders are private
         _publish(temporary, folder)
     except OSError as error:
@@ -115,7 +118,17 @@ def check_target(folder: str | Path, overwrite: bool = False) -> None:
                            f"and is not overwritten: give another")
 
 
-def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, nn.Module], record: dict) -> None:
+def _linears(model: nn.Module, layers: Sequence[dict[str, Any]] | None) -> dict[str, dict]:
+    """The grids of every quantized linear, by its name in the model."""
+    if layers is None:
+        return {name: {"weight": spec_as_json(getattr(module, "spec", None)), "act": spec_as_json(module.act)}
+                for name, module in _modules(model, QuantLinear, RoundedLinear).items()}
+    return {f"{arch.family(model).layers}.{i}.{name}": specs for i, state in enumerate(layers)
+            for name, specs in state["linears"].items()}
+
+
+def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, dict], record: dict,
+           layers: Sequence[dict[str, Any]] | None) -> None:
     from safetensors.torch import save_file
 
     config = model.config.to_dict()
@@ -124,14 +137,15 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, nn
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    save_file({name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}, folder / WEIGHTS,
-              metadata={"format": "pt"})
+    tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}
+    for i, state in enumerate(layers or ()):
+        tensors |= {f"{arch.family(model).layers}.{i}.{name}": tensor for name, tensor in state["tensors"].items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     with (folder / WEIGHTS).open("rb") as file:
         checksum = hashlib.file_digest(file, "sha256").hexdigest()
     write_json(folder / RECORD, {
         "format": FORMAT, "sha256": checksum, "dtype": str(arch.embedding(model).weight.dtype).removeprefix("torch."),
-        "linears": {name: {"weight": _spec(getattr(module, "spec", None)), "act": _spec(module.act)}
-                    for name, module in linears.items()},
+        "linears": linears,
         **_added(model),
         "versions": provenance.versions(), "record": record})
     for path in folder.iterdir():
@@ -146,12 +160,11 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
         parent, _, leaf = name.rpartition(".")
         quantized = isinstance(model.get_submodule(parent), QuantLinear)
+        if tensor.is_meta:  # of a layer that has left the memory (suite.stream)
+            continue
         if quantized and leaf == "weight" or tied and name == _head_weight(model):
             continue  # decoded from the codes; the embedding again
-        if quantized and leaf in ("scale", "zero"):
-            stored = tensor.to(torch.bfloat16 if leaf == "scale" else torch.int8)
-            tensor = stored if torch.equal(stored.float(), tensor) else tensor
-        yield name, tensor
+        yield name, compact(leaf, tensor) if quantized else tensor
 
 
 def _added(model: nn.Module) -> dict:
@@ -168,10 +181,6 @@ def _added(model: nn.Module) -> dict:
 
 def _modules(model: nn.Module, *kinds: type) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
-
-
-def _spec(spec: QuantSpec | None) -> dict | None:
-    return None if spec is None else {"bits": spec.bits, "symmetric": spec.symmetric, "group_size": spec.group_size}
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -212,6 +212,14 @@ def _with_plugins(function):
 
 
 PLUGIN = (_with_plugins,)
+MEMORY = (
+    click.option("--load", type=Choice("auto", "whole", "layer"), default="auto", show_default=True,
+                 help="layer: read the weights one decoder layer at a time."),
+    click.option("--activations", type=Choice("auto", "device", "host", "disk"), default="auto", show_default=True,
+                 help="Where the calibration set's activations stand between two layers."),
+    click.option("--device", metavar="DEVICE", help="cpu, cuda, cuda:1, ...  [cuda where there is one]"),
+    click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16.  [float32 on cpu, bfloat16 on cuda]"),
+)
 
 
 def options(*groups):
@@ -266,6 +274,7 @@ def commands():
 @click.option("--rotation", help="spinquant: learned, random-hadamard, hadamard, random or none.  [learned]")
 @click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
 @click.option("--revision", help="Of a model of the hub.")
+@options(MEMORY)
 @click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
 def quantize(
     model,
@@ -287,11 +296,16 @@ def quantize(
     rotation,
     variant,
     revision,
+    load,
+    activations,
+    device,
+    dtype,
     overwrite,
 ):
     """Quantize a model and write it to a folder that the other commands take as a model.
 
-    What takes long keeps its state in OUT.partial: killed, the same command continues from there.
+    What takes long keeps its state in OUT.partial: killed, the same command continues from the last finished layer.
+    A model that does not fit into the memory is read one layer at a time; `ptq plan` tells beforehand.
 
     \b
     Examples:
@@ -331,13 +345,18 @@ def quantize(
     check_out(out, overwrite)
 
     from suite import calib as calibration
-    from suite import checkpoint, kv, models, plugins, resume, walk, windows
+    from suite import checkpoint, depot, kv, models, plugins, resume, walk, windows
     from suite.progress import Progress
-    from suite.provenance import version
+    from suite.provenance import Meter, version
 
-    if models.resolve(model, revision).kind == "quantized":
+    found = models.resolve(model, revision)
+    if found.kind == "quantized":
         raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
-    loaded = models.load(model, revision=revision)
+    target, kept = models.device_of(device), models.parse_dtype(dtype)
+    planned = planned_quantization(found.fetched(), configured, mode, calib, nsamples, seqlen, out, target, kept, load,
+                                   activations)
+    before = Meter.memory()
+    loaded = models.load(model, dtype=kept, device=target, revision=revision, by_layer=planned.run.by_layer)
     note(loaded.note)
     choose_threads(loaded.model)
     # Models of the hub speak no language that the embedded text is written in; all others need no hub for it.
@@ -364,7 +383,13 @@ def quantize(
         "device": loaded.model.device.type,
         "versions": {package: version(package) for package in ("ptq-suite", "torch", "transformers")},
     }
-    with Progress(f"{loaded.name} {method}") as progress, resume.into(out.with_name(f"{out.name}.partial"), whole):
+    partial = out.with_name(f"{out.name}.partial")
+    with (
+        Progress(f"{loaded.name} {method}") as progress,
+        resume.into(partial, whole) as workspace,
+        depot.of(planned.run.activations, partial.parent),
+        Meter() as meter,
+    ):
         layers = walk.quantize_model(
             configured,
             loaded.model,
@@ -373,7 +398,11 @@ def quantize(
             diagnostics=True,
             inputs=published.inputs,
         )
-        checkpoint.save(loaded.model, loaded.tokenizer, out, {**made, "layers": layers}, overwrite)
+        states = None
+        if planned.run.by_layer:
+            states = [workspace.load(f"layer-{i:03d}", lazily=True) for i in range(len(layers))]
+        record = {**made, "layers": layers, "memory": planned.against(meter.sofar, before)}
+        checkpoint.save(loaded.model, loaded.tokenizer, out, record, overwrite, states)
 
     weights = sum(layer["weights"] for layer in layers)
     bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
@@ -382,6 +411,61 @@ def quantize(
     if any("chosen" in layer for layer in layers):
         click.echo("chosen per layer: " + " ".join(layer["chosen"] for layer in layers))
     click.echo(str(out))
+
+
+def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out, device, dtype, load, activations):
+    """How a quantization will be done, announced if it takes long. Raises PTQError if it does not fit."""
+    from suite import calib as calibration
+    from suite import preflight, windows
+    from suite.method import name_of, native
+
+    published = native(name_of(configured)) if mode == "native" else None
+    usual = calib or ("wikitext2" if source.kind == "hub" else calibration.EMBEDDED)
+    count, length = (published.nsamples, published.seqlen) if published else calibration.usual_size(usual)
+    positions = preflight.config_of(source).get("max_position_embeddings")
+    plan = preflight.quantization(source, configured, nsamples or count, windows.fit(seqlen, positions, length), out,
+                                  device, dtype, load, activations)
+    if plan.seconds > preflight.LONG or plan.run.by_layer:
+        note(f"{source.name} {plan.told()}")
+    return plan
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--method", metavar="METHOD", default="cka-hybrid", show_default=True, help="As for `ptq quantize`.")
+@options(SCHEME, CALIBRATION)
+@click.option("--revision", help="Of a model of the hub.")
+@options(MEMORY)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder whose disk will be used.  [.]")
+@click.option("--json", "as_json", is_flag=True, help="A JSON object.")
+def plan(model, method, wbits, abits, group_size, kvbits, calib, nsamples, seqlen, seed, mode, revision, load,
+         activations, device, dtype, out, as_json):
+    """What quantizing a model will need on this machine: memory, disk, time; and whether it fits.
+
+    Nothing is loaded; of a model of the hub at most the configuration is fetched. The speed is measured for a moment.
+
+    \b
+    Examples:
+      ptq plan tiny-llama-m
+      ptq plan llama-3-8b --method gptq --nsamples 128 --seqlen 2048
+      ptq plan ./my-model --load layer --activations disk
+    """
+    from suite import models
+    from suite.method import build
+
+    given = {"wbits": wbits, "abits": abits, "group_size": group_size}
+    configured = build(method, **{key: value for key, value in given.items() if value is not None})
+    source = models.resolve(model, revision)
+    if source.kind == "quantized":
+        raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
+    made = planned_quantization(source, configured, mode, calib, nsamples, seqlen, out, models.device_of(device),
+                                models.parse_dtype(dtype), load, activations)
+    note(source.note)
+    if as_json:
+        click.echo(json.dumps(made.as_json()))
+    else:
+        click.echo(f"{source.name}, {method} {configured.scheme}, {made.run.nsamples} x {made.run.seqlen} tokens: "
+                   f"{made.told()}")
 
 
 def check_out(folder: Path, overwrite: bool) -> None:
@@ -604,6 +688,7 @@ def reproduce(
         fast=fast,
         limit=limit,
         allow_code_execution=allow_code_execution,
+        announce=note,
         allow_eval_calibration=allow_eval_calibration,
         fresh=fresh,
         revision=revision,
@@ -1026,27 +1111,31 @@ def _told(method: type) -> str:
 
 
 def _models() -> list[dict]:
-    from suite import zoo
+    """Every model with a short name: what it is, and what quantizing it by the hybrid takes on this machine."""
+    from suite import models, preflight, zoo
+    from suite.method import build
     from suite.paths import known_models
 
-    rows = [
-        {
-            "name": e.name,
-            "what": f"embedded: {e.family}, {e.layers} layers, width {e.hidden}"
-            f"{', tied embeddings' if e.tied else ''}"
-            f"{'' if (zoo.path(e.name) / 'config.json').exists() else '; NOT TRAINED in this installation'}",
-        }
-        for e in zoo.TABLE.values()
-    ]
+    device = models.default_device()
+    dtype = models.default_dtype(device)
+    speed, hybrid, rows = preflight.rate(device, dtype, seconds=0.1), build("cka-hybrid"), []
+    for e in zoo.TABLE.values():
+        trained = (zoo.path(e.name) / "config.json").exists()
+        what = f"embedded: {e.family}, {e.layers} layers, width {e.hidden}{', tied embeddings' if e.tied else ''}"
+        rows.append({"name": e.name, "what": what + ("" if trained else "; NOT TRAINED in this installation")})
     for name, known in known_models().items():
-        rows.append(
-            {
-                "name": name,
-                "what": f"hub: {known['hub']}, {known['parameters'] / 1e9:.1f} B parameters"
-                f"{', gated' if known['gated'] else ''}"
-                f"{'; ' + known['note'] if known.get('note') else ''}",
-            }
-        )
+        run = preflight.Run(preflight.Shape.of(known["shape"]), 128, 2048, preflight.bytes_of(dtype),
+                            device.type == "cuda", preflight.candidates(hybrid))
+        need = preflight.need(run)
+        lean = preflight.need(preflight.replace(run, by_layer=True, activations="disk"))
+        memory = ["device", "host"][not run.cuda]
+        what = (f"hub: {known['hub']}, {known['parameters'] / 1e9:.1f} B parameters, licence {known['licence']}"
+                f"{', gated' if known['gated'] else ''}; the hybrid takes {preflight.gib(getattr(need, memory))} of "
+                f"{'GPU ' if run.cuda else ''}memory (by layer {preflight.gib(getattr(lean, memory))}), "
+                f"about {preflight.duration(need.seconds(speed))} here{'; ' + known['note'] if known.get('note') else ''}")
+        rows.append({"name": name, "what": what, "parameters": known["parameters"], "licence": known["licence"],
+                     "gated": known["gated"], "hub": known["hub"], "memory": getattr(need, memory),
+                     "seconds": need.seconds(speed)})
     return rows
 
 

@@ -28,11 +28,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from suite import calib, checkpoint, hub, kv, method, models, paths, plugins, windows
+from suite import calib, checkpoint, hub, kv, method, models, paths, plugins, preflight, resume, windows
 from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS
 from suite.provenance import Meter, code, provenance, version
-from suite.store import Record, Setting, Store, canonical, significant
+from suite.store import Record, Setting, Store, canonical, digest, significant
 
 NUMERICS = 1  # to be raised by every change of the suite that changes results: records of before are then not reused
 
@@ -147,8 +147,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
               allow_eval_calibration: bool = False, allow_code_execution: bool = False, fresh: bool | str = False,
               revision: str | None = None, device: str | None = None, dtype: str | None = None,
               batch_size: int | None = None, batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None,
-              workers: int | None = 1,
-              progress: Progress | None = None, runner: Callable[..., Any] | None = None) -> Outcome:
+              workers: int | None = 1, progress: Progress | None = None, runner: Callable[..., Any] | None = None,
+              announce: Callable[[str], None] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
@@ -162,7 +162,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     batch_tokens: of the calibration; both move results by round-off only. threads: of torch, None: one for a small
     model. workers: variants measured at the same time, each in a process of its own; None: as many as there are cores
     for, if the model is small and on a processor.
-    runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in.
+    runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in. announce: is told what the run of a
+    large model will need, before it starts.
 
     Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
     calibration on an evaluated text; a results folder that cannot be written; whatever `calib.load` raises.
@@ -174,8 +175,23 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
                    fewshot=fewshot, allow_eval_calibration=allow_eval_calibration,
                    allow_code_execution=allow_code_execution, fresh=fresh, revision=revision, device=device,
                    dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
+    if planned.jobs and not planned.jobs[0].small:
+        announced = _preflight(planned, models.resolve(model, revision).fetched(), store)
+        if announce:
+            announce(f"{planned.outcome.model} {announced.told()}, for each variant; evaluation comes on top")
     run(planned.jobs, workers, progress, runner)
     return planned.outcome
+
+
+def _preflight(planned: Planned, source: models.Source, store: Store) -> preflight.Plan:
+    """What the largest of the quantizations takes. Raises PTQError if it does not fit: to be evaluated, a model has to
+    stand in memory as a whole."""
+    job = planned.jobs[0]
+    data = [job.variant.diagnosed_on for job in planned.jobs if job.variant.diagnosed_on is not None]
+    count, length = max((tuple(one.tokens.shape) for one in data), default=(0, 0))
+    hungriest = max((job.variant.method for job in planned.jobs), key=preflight.candidates)
+    return preflight.quantization(source, hungriest, count, length, store.root, torch.device(job.device),
+                                  models.parse_dtype(job.dtype), load="whole")
 
 
 @dataclass(frozen=True, eq=False)
@@ -364,15 +380,20 @@ class Job:
 
 
 def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[int, str], None]) -> None:
-    """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step."""
+    """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step.
+
+    Finished layers, and answers to the task in progress, are kept beside the records until the job is done.
+    """
     variant, store = job.variant, job.store
-    with _threads(job.threads):
+    identity = variant.quantization(job.identity, job.dtype)
+    folder = store.folder(job.identity["name"]) / "partial" / digest(identity)[:12]
+    with _threads(job.threads), resume.into(folder, {**identity, "device": job.device}):
         run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype,
                      batch_size=job.batch_size)
         with Meter() as meter:
             result = run.quantize(lambda done, total, text: tell(done, f"{variant.label}, layer {done} of {total}"))
         if job.unquantized:
-            _put(store, variant.quantization(job.identity, job.dtype), {"label": variant.label, **result}, meter)
+            _put(store, identity, {"label": variant.label, **result}, meter)
         twins = _twins(store, job, result) if job.share else {}
         for done, task in enumerate(job.missing, start=job.layers):
             tell(done, f"{variant.label}, {task}")
@@ -784,15 +805,45 @@ def evaluate_quietly(harness: Any, tests: Tasks, name: str) -> Mapping[str, Any]
 
     from suite.adapter import no_bars
 
+    kept = _Answers(f"answers-{tests.identity(name)['digest'][:16]}-{tests.limit}-{tests.fewshot}")
     for request in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
         silent = functools.partial(getattr(type(harness), request), harness, disable_tqdm=True)
-        setattr(harness, request, lambda requests, silent=silent, **_: silent(requests))
+        setattr(harness, request, lambda requests, ask=silent, kind=request, **_: kept.answer(kind, requests, ask))
+    harness.cache_hook = kept  # lm-eval tells it each answer at once
     random.seed(_SEEDS["random"])
     np.random.seed(_SEEDS["other"])
     torch.manual_seed(_SEEDS["other"])
     with no_bars():
         return evaluate(lm=harness, task_dict=tests.loaded(name), limit=tests.limit, log_samples=True,
                         bootstrap_iters=1000, confirm_run_unsafe_code=tests.allow_code_execution)
+
+
+class _Answers:
+    """The answers of one task, kept in the workspace of the run as they come, if it has one: after an interruption only
+    the rest is asked. The workspace belongs to one variant, so no answer reaches another."""
+
+    def __init__(self, name: str):
+        self._workspace, self._name = resume.current(), name
+        self._answers: dict[str, Any] = (self._workspace and self._workspace.load(name)) or {}
+
+    @staticmethod
+    def _key(kind: str, arguments: Any) -> str:
+        return hashlib.sha256(json.dumps([kind, arguments], sort_keys=True, default=str).encode()).hexdigest()
+
+    def add_partial(self, kind: str, arguments: Any, answer: Any) -> None:
+        """lm-eval's own word for: this request has this answer."""
+        if self._workspace is not None:
+            self._answers[self._key(kind, list(arguments))] = answer
+            if self._workspace.due(self._name):
+                self._workspace.save(self._name, self._answers)
+
+    def answer(self, kind: str, requests: Sequence[Any], ask: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """The answers to some requests, in their order; what is kept is not asked again."""
+        keys = [self._key(kind, list(request.args)) for request in requests]
+        known = {key: self._answers[key] for key in keys if key in self._answers}
+        left = [i for i, key in enumerate(keys) if key not in known]
+        fresh = dict(zip(left, ask([requests[i] for i in left]) if left else []))
+        return [fresh[i] if i in fresh else known[key] for i, key in enumerate(keys)]
 
 
 def outcome_of(name: str, results: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,6 +114,18 @@ def snapshot(repository: str, revision: str | None, instead: str) -> Path:
         raise fault(error, what, instead) from None
 
 
+def config(repository: str, revision: str | None = None) -> Path:
+    """The config.json of a model, and nothing else of it. Raises PTQError as `snapshot` does."""
+    what, instead = f"model {repository!r}", "a local folder"
+    require(what, instead)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, "config.json", revision=revision, local_files_only=offline()))
+    except Exception as error:
+        raise fault(error, what, instead) from None
+
+
 def dataset(path: str, name: str | None, split: str, instead: str, **options):
     """One split of a data set of the hub, as `datasets.load_dataset` gives it. options: `data_files`, by split.
 

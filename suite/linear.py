@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,13 +15,13 @@ from suite.hadamard import Orthogonal, transform
 class TokenRounding:
     """Activation rounding shared by the linears of one site: they read the same tensor, so it is rounded once.
 
-    Remembers the last tensor it was given (and its version, so that an in-place change is seen), not the rounded copy's
-    life: callers that keep neither pay no memory beyond one activation.
+    Remembers the last tensor it was given (and its version, so that an in-place change is seen) for as long as that
+    lives, and the rounded copy with it: between two calls of a layer it holds no memory.
     """
 
     def __init__(self, spec: QuantSpec | None):
         self.spec = spec
-        self._seen: tuple[Tensor, int] | None = None
+        self._seen: tuple[weakref.ref[Tensor], int] | None = None
         self._rounded: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -27,9 +29,12 @@ class TokenRounding:
             return x
         if torch.is_grad_enabled() or x.is_inference():  # a version counter or a graph is missing: no sharing
             return fake_quantize_tokens(x, self.spec)
-        if self._seen is None or self._seen[0] is not x or self._seen[1] != x._version:
-            self._seen, self._rounded = (x, x._version), fake_quantize_tokens(x, self.spec)
+        if self._seen is None or self._seen[0]() is not x or self._seen[1] != x._version:
+            self._seen, self._rounded = (weakref.ref(x, self._forget), x._version), fake_quantize_tokens(x, self.spec)
         return self._rounded
+
+    def _forget(self, _: object) -> None:
+        self._seen = self._rounded = None
 
     def __deepcopy__(self, memo):
         return type(self)(self.spec)

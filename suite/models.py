@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suite import arch, checkpoint, hub, kv, paths, zoo
+from suite import arch, checkpoint, hub, kv, paths, stream, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
@@ -234,6 +234,19 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_of(device: str | torch.device | None) -> torch.device:
+    """A device by its name, the usual one for None. Raises PTQError for one that is not there."""
+    try:
+        found = torch.device(device) if device is not None else default_device()
+    except RuntimeError:
+        raise PTQError(f"device is {str(device)!r}: allowed are cpu, cuda, and cuda:N") from None
+    if found.type not in ("cpu", "cuda"):
+        raise PTQError(f"device is {str(device)!r}: allowed are cpu, cuda, and cuda:N")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise PTQError(f"device {str(found)!r} is not there: this machine has no GPU that torch sees; use cpu")
+    return found
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """float32 on a processor, where it is exact and no slower; bfloat16 on a GPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -250,13 +263,14 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 
 
 def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.device | None = None,
-         revision: str | None = None) -> Loaded:
+         revision: str | None = None, by_layer: bool = False) -> Loaded:
     """A model by name, in evaluation mode, with its tokenizer.
 
     name: an embedded model, a local folder (quantized by `ptq quantize` or not), a name of the table of known models,
     or an id of the hub; with `@outliers=SEVERITY[,seed=N]` where outliers are to be planted. dtype None: float32 on a
     processor, bfloat16 on a GPU, and for a quantized folder the type it was quantized in. No code of the model's own is
-    run and only safetensors are read. An embedded model or a folder is loaded without a glance at the network.
+    run and only safetensors are read. by_layer: decoder layers are read when the walk comes to them (suite.stream); for
+    quantization only. An embedded model or a folder is loaded without a glance at the network.
 
     Raises PTQError: unknown model, folder without config.json, corrupt or truncated weights, weights that do not fit
     the architecture, unsupported architecture, no tokenizer, no hub, no such GPU.
@@ -264,14 +278,18 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
     >>> load("tiny-llama-s@outliers=8").name  # doctest: +SKIP
     'tiny-llama-s@outliers=8'
     """
-    device = torch.device(device) if device is not None else default_device()
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise PTQError(f"device {str(device)!r} is not there: this machine has no GPU that torch sees; use cpu")
+    device = device_of(device)
     source = resolve(name, revision).fetched()
     dtype = parse_dtype(dtype)
     if source.kind == "quantized":
         model, tokenizer, record = checkpoint.load(source.folder, dtype=dtype, device=device)
         return Loaded(model, tokenizer, source.name, checkpoint.identity(source.folder), source.kind, record)
+    if by_layer:
+        if source.outliers is not None:
+            raise PTQError(f"model {name!r}: outliers are planted into a whole model, not layer by layer")
+        model = stream.open_model(source.folder, weight_files(source.folder), dtype or default_dtype(device), device)
+        return Loaded(model, checkpoint.load_tokenizer(source.folder), source.name, _digest(source), source.kind,
+                      note=source.note, revision=source.revision)
     model = _pretrained(source.folder, dtype or default_dtype(device))
     if source.outliers is not None:
         outliers.plant_(model, source.outliers)

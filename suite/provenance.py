@@ -110,6 +110,18 @@ class Meter:
         self._start = time.perf_counter()
         return self
 
+    @staticmethod
+    def memory() -> float:
+        """MiB of memory that this process has now; 0 where the system does not tell."""
+        found = _field("/proc/self/status", "VmRSS")
+        return int(found.split()[0]) / 1024 if found else 0.0
+
+    @property
+    def sofar(self) -> dict[str, Any]:
+        """What would be told if the work ended here."""
+        self.__exit__()
+        return self.told
+
     def __exit__(self, *_):
         self.seconds = time.perf_counter() - self._start
         peak = _field("/proc/self/status", "VmHWM")

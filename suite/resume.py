@@ -74,8 +74,9 @@ class Workspace:
                 f"output folder"
             ) from None
 
-    def load(self, name: str) -> Any | None:
-        """What was saved last under a name, tensors on the processor; None if nothing was.
+    def load(self, name: str, lazily: bool = False) -> Any | None:
+        """What was saved last under a name, tensors on the processor; None if nothing was. lazily: tensors are read
+        from the file when they are used.
 
         Raises PTQError for a file that cannot be read.
         """
@@ -83,7 +84,7 @@ class Workspace:
         if not path.exists():
             return None
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=lazily)
         except Exception as error:  # the unpickler raises many kinds
             raise PTQError(
                 f"{str(path)!r} cannot be read ({type(error).__name__}): remove {str(self.folder)!r}"

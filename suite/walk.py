@@ -9,15 +9,19 @@ Letters: n sequences, t tokens each, d hidden width.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from suite import arch
+from suite import arch, depot, layer_state, resume
 from suite.calib import Calibration
 from suite.cka import CKA
 from suite.errors import PTQError
@@ -50,7 +54,7 @@ class LayerView:
 
     @property
     def reference(self) -> Tensor:
-        return self._reference()
+        return self._reference().to(self._device)
 
     def weight(self, name: str) -> Tensor:
         return self._parameter(f"{name}.weight").detach()
@@ -74,11 +78,15 @@ class LayerView:
         if self._outputs is None or first is None or first > done:
             hidden, run = self._prepare(first)
             if len(hidden) > done:
-                chunks = [self._outputs] if done else []
+                before = [self._outputs] if done else []
                 with self._rounding():
-                    chunks += [run(batch) for batch in hidden[done:].split(self._step)]
-                self._outputs = torch.cat(chunks)
-        return self._outputs if first is None else self._outputs[:first]
+                    fresh = (run(batch) for batch in hidden[done:].split(self._step))
+                    self._outputs = depot.gather(len(hidden), itertools.chain(before, fresh), first is None)
+        return self._outputs if first is None else self._outputs[:first].to(self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._original.values())).device
 
     def stat(self, kind: str, site: Site) -> Tensor:
         if (kind, site.name) not in self._stats:
@@ -162,9 +170,10 @@ class LayerView:
         if now.keys() != self._original.keys() or any(now[key] is not value for key, value in self._original.items()):
             raise RuntimeError(f"layer {self.index} was written after this view was made: read the view before commit")
         hidden, params, kwargs = self.inputs(first), dict(self._edit.params), dict(self._kwargs)
+        device = self._device
 
         def run(batch: Tensor) -> Tensor:
-            out = functional_call(self._layer, params, (batch,), kwargs)
+            out = functional_call(self._layer, params, (batch.to(device),), kwargs)
             return out[0] if isinstance(out, tuple) else out
 
         return hidden, run
@@ -334,32 +343,47 @@ def layer_kwargs(model: nn.Module, tokens: Tensor) -> list[dict[str, Any]]:
     """The keyword arguments that the model passes to each decoder layer for one sequence (1, t).
 
     Captured for every layer, since masks and rotary inputs may differ between layers; they broadcast over sequences.
+    No layer runs, nor the head: what a layer is told does not depend on what the one before it puts out.
     Raises PTQError if the layers are not fed by the embedding alone.
     """
-    calls: list[tuple[tuple, dict]] = []
+    calls: list[tuple[Tensor, dict]] = []
 
-    def hook(_, args, kwargs):
-        calls.append((args, dict(kwargs)))
+    def record(*args, **kwargs):
+        calls.append((args[0] if args else kwargs["hidden_states"], kwargs))
+        return calls[-1][0]
 
-    handles = [layer.register_forward_pre_hook(hook, with_kwargs=True) for layer in arch.layers(model)]
+    layers = list(arch.layers(model))
     try:
-        model(tokens[:1], use_cache=False)
+        for layer in layers:
+            layer.forward = record
+        model.base_model(tokens[:1], use_cache=False)
     finally:
-        for handle in handles:
-            handle.remove()
-    first = calls[0][0][0] if calls[0][0] else calls[0][1]["hidden_states"]
-    if not torch.equal(first, arch.embedding(model)(tokens[:1])):
-        raise PTQError(f"{model.config.model_type!r} changes the embeddings before the first decoder layer: not supported")
+        for layer in layers:
+            vars(layer).pop("forward", None)
+    if not torch.equal(calls[0][0], arch.embedding(model)(tokens[:1])):
+        raise PTQError(f"{model.config.model_type!r} changes the embeddings before the first decoder layer: "
+                       f"not supported")
     return [{k: v for k, v in kwargs.items() if k != "hidden_states"} for _, kwargs in calls]
 
 
+@dataclass(frozen=True)
+class Live:
+    """Where a walk is continued: the first layer that is not done, what feeds it, and what feeds it in the unquantized
+    model; None where nothing reads that."""
+
+    done: int
+    quantized: Tensor | None
+    full: Tensor | None
+
+
 def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference: int | bool = 0,
-         inputs: str = "quantized") -> Iterator[Any]:
+         inputs: str = "quantized", live: Live | None = None) -> Iterator[Any]:
     """Yields a view of each unit of `block` consecutive decoder layers, first to last.
 
     reference: of how many calibration sequences the unquantized model's hidden states are kept, for views whose
     `reference` is read; True: of all.
     inputs: "quantized": what the layers as committed so far put out; "full": what the unquantized model puts out.
+    live: where to continue; the layers before it must be written already.
 
     Raises PTQError for an unknown input policy or a block size below 1; a view raises it when calibration data is
     needed and `calib` is None.
@@ -371,20 +395,30 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
         raise PTQError(f"block is {block}: allowed are 1 to {len(layers)}")
     device = arch.embedding(model).weight.device
     kwargs = _Once(lambda: layer_kwargs(model, _tokens(calib, device)))
-    embedded = _Once(lambda: arch.embedding(model)(_tokens(calib, device)).detach())
     step = calib.step() if calib is not None else 1
+    embedded = _Once(lambda: _embed(model, _tokens(calib, device), step))
     kept = len(calib.tokens) if calib is not None and (reference is True or inputs == "full") else int(reference)
 
     quantized_feed: Feed = embedded
     full_feed: Feed = _Once(lambda embedded=embedded: embedded(kept))
     no_output = _no_reference if calib is not None else embedded  # which says that calibration data is needed
     del embedded  # its tokens live as long as something is fed by them
-    for start in range(0, len(layers), block):
-        views = []
-        for i in range(start, min(start + block, len(layers))):
+    if live is not None:
+        if live.quantized is not None:
+            quantized_feed = _given(depot.gather(len(live.quantized), (x.to(device) for x in live.quantized.split(step))))
+        full_feed = _given(live.full.to(device, copy=True)) if live.full is not None else no_output
+    holder = arch.layers(model)
+    bring, release = getattr(holder, "bring", None), getattr(holder, "release", None)  # of suite.stream
+    for start in range(live.done if live else 0, len(layers), block):
+        views, unit = [], range(start, min(start + block, len(layers)))
+        for i in unit:
+            if bring:
+                bring(i)
             output = no_output
             if kept:
-                output = _Once(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, full_feed, _no_reference).outputs)
+                unquantized = LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, full_feed, _no_reference)
+                # A feed may leave the device; the first sequences, which are compared, do not.
+                output = _Once(unquantized.outputs if inputs == "full" else partial(unquantized.outputs, kept))
             feed = full_feed if inputs == "full" else quantized_feed
             views.append(LayerView(i, layers[i], sites, _Lazy(kwargs, i), step, feed, output))
             full_feed = output
@@ -393,7 +427,12 @@ def walk(model: nn.Module, calib: Calibration | None, block: int = 1, reference:
             view.reference  # now, while the layers are unquantized
         yield view
         quantized_feed = getattr(view, "committed", None) or _Once(view.outputs)
+        if release and calib is not None:
+            quantized_feed()  # now, while the layers are there
         del views, view  # with them go the statistics and the candidates' outputs
+        if release:
+            for i in unit:
+                release(i)
 
 
 class _Seen(Exception):
@@ -415,6 +454,15 @@ class _Once:
         if self._compute is not None:
             self._value, self._compute = self._compute(), None
         return self._value if first is None else self._value[:first]
+
+
+@torch.no_grad()
+def _embed(model: nn.Module, tokens: Tensor, step: int) -> Tensor:
+    return depot.gather(len(tokens), (arch.embedding(model)(batch) for batch in tokens.split(step)))
+
+
+def _given(value: Tensor) -> Feed:
+    return _Once(lambda: value)
 
 
 class _Lazy(Mapping):
@@ -538,18 +586,66 @@ def quantize_model(method: Any, model: nn.Module, calib: Calibration | None,
                            f"{-(-total // block)} rules expected")
         reference = max([REFERENCE_TOKENS if diagnostics else 0] + [getattr(rule, "reference_tokens", 0) for rule in rules])
         reference = calib.sequences(reference) if calib is not None else 0
-        records: list[dict[str, Any]] = []
-        for view, rule in zip(walk(model, calib, block, reference, inputs), rules):
+        kept = _Kept(method, model, calib)
+        records = kept.restore_()
+        if records and progress:
+            progress(len(records), total, "continued")
+        units = rules[len(records) // block:] if len(records) < total else []
+        for rule, view in zip(units, walk(model, calib, block, reference, inputs, kept.live)):  # no rule left: no walk
             start = time.perf_counter()
             edit = edit_of(rule, view)
             commit(model, view, edit)
             seconds = time.perf_counter() - start + (planning if not records else 0.0)
             records += _records(view, edit, seconds, diagnostics and calib is not None)
+            kept.save(view, records, reference or inputs == "full", total)
             if progress:
                 progress(len(records), total, str(edit.note.get("chosen", "")))
         return records
     finally:
         model.train(was_training)
+
+
+class _Kept:
+    """What a run keeps of its finished layers in its workspace, if it has one (suite.resume), and continues from.
+
+    States "layer-000", ...: the layers as written; "live": how many are done, their records, and the activations that
+    feed the next one. Layers that take less than some seconds are saved several at a time. A method that reads no
+    calibration data is quicker done again. Of a streamed model (suite.stream) every layer is kept: it is nowhere else.
+    """
+
+    def __init__(self, method: Any, model: nn.Module, calib: Calibration | None):
+        self._streamed = hasattr(arch.layers(model), "release")
+        useful = self._streamed or calib is not None and getattr(method, "needs_calibration", True)
+        self._workspace = resume.current() if useful else None
+        if self._streamed and self._workspace is None:
+            raise PTQError("a model that is read layer by layer can be quantized into a folder only: `ptq quantize`")
+        self._model, self._calib, self._saved, self.live = model, calib, 0, None
+
+    def restore_(self) -> list[dict[str, Any]]:
+        """Writes the finished layers into the model; returns their records, none for a new run."""
+        state = self._workspace and self._workspace.load("live")
+        if not state:
+            if self._workspace:
+                self._workspace.due("live")  # the clock runs from here
+            return []
+        for i in range(0 if self._streamed else state["done"]):
+            layer_state.put_(self._model, i, self._workspace.load(f"layer-{i:03d}"))
+        self._saved = state["done"]
+        self.live = Live(state["done"], state["quantized"], state["full"])
+        return json.loads(state["records"])
+
+    def save(self, view: Any, records: Sequence[Mapping[str, Any]], has_reference: bool, total: int) -> None:
+        """After a unit: its layers, then the rest, so that what is counted as done is there."""
+        done = len(records)
+        if self._workspace is None or not (self._streamed or done == total or self._workspace.due("live")):
+            return
+        for i in range(self._saved, done):
+            self._workspace.save(f"layer-{i:03d}", layer_state.take(arch.layers(self._model)[i]))
+        last = done == total or self._calib is None  # nothing is fed any more
+        self._workspace.save("live", {
+            "done": done, "records": json.dumps(records), "quantized": None if last else view.committed(),
+            "full": view.reference if has_reference and not last else None})
+        self._saved = done
 
 
 def _check_groups(method: Any, model: nn.Module) -> None:

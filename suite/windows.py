@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite import resume
 from suite.calib import digest, text_digest  # one hash for both: a run on the evaluated text is found by it
 from suite.errors import PTQError
 
@@ -139,23 +140,27 @@ def batch_of(window: int, vocabulary: int) -> int:
 
 @torch.no_grad()
 def window_nll(model: nn.Module, windows: Tensor, batch_size: int | None = None,
-               progress: Callable[[int, int], None] | None = None) -> Tensor:
+               progress: Callable[[int, int], None] | None = None, keep_as: str | None = None) -> Tensor:
     """Sum over the tokens 2..N of the negative log-likelihood of each window, in nats: (w,) float64.
 
     windows (w, N) int64; batch_size: windows run at once, chosen by `batch_of` if None, without influence on the
     result beyond round-off. Log-probabilities are taken in float32 at least and summed in float64. The model is run as
-    it is: the caller has put it into evaluation mode. progress(done, total) is called after each batch.
+    it is: the caller has put it into evaluation mode. progress(done, total) is called after each batch. keep_as: the
+    name under which finished batches are kept in the workspace of the run (suite.resume), if it has one.
 
     Raises PTQError if a window's NLL is not finite.
     """
     device = next(iter(model.parameters())).device
     total, window = windows.shape
     batch_size = batch_size or batch_of(window, model.config.vocab_size)
-    sums = []
-    for start in range(0, total, batch_size):
+    workspace = resume.current() if keep_as else None
+    sums = [state["nll"]] if workspace and (state := workspace.load(keep_as)) else []
+    for start in range(len(sums[0]) if sums else 0, total, batch_size):
         batch = windows[start:start + batch_size].to(device)  # (b, N)
         logits = model(input_ids=batch, use_cache=False).logits  # (b, N, v)
         sums.append(_nll(logits, batch).cpu())
+        if workspace and workspace.due(keep_as):
+            workspace.save(keep_as, {"nll": torch.cat(sums)})
         if progress:
             progress(start + len(batch), total)
     nll = torch.cat(sums)

@@ -29,6 +29,7 @@ LAYOUT = [
     (0, "suite.hadamard", "torch"),
     (0, "suite.stiefel", "torch"),
     (0, "suite.resume", "torch"),
+    (0, "suite.depot", "torch"),
     (0, "suite.cell", ""),  # a script that a bare interpreter runs: it imports nothing of the suite
     (0, "suite.sandbox", ""),
     (1, "suite.conformance", ""),
@@ -37,6 +38,7 @@ LAYOUT = [
     (1, "suite.linear", "torch"),
     (1, "suite.arch", "torch transformers"),
     (1, "suite.rounding", "torch"),
+    (1, "suite.layer_state", "torch"),
     (1, "suite.zoo", "torch transformers tokenizers numpy safetensors tqdm"),
     (2, "suite.calib", "torch datasets"),
     (2, "suite.fold", "torch"),
@@ -50,7 +52,9 @@ LAYOUT = [
     (3, "baselines", "torch numpy scipy"),
     (4, "suite.testing", "torch transformers tokenizers numpy lm_eval pytest"),
     (3, "suite.checkpoint", "torch transformers safetensors"),
+    (2, "suite.stream", "torch transformers safetensors accelerate"),
     (3, "suite.models", "torch transformers safetensors huggingface_hub"),
+    (3, "suite.preflight", "torch"),
     (3, "suite.windows", "torch"),
     (4, "suite.adapter", "torch transformers lm_eval datasets"),
     (4, "suite.store", ""),
@@ -59,6 +63,7 @@ LAYOUT = [
     (5, "suite.report", "pandas matplotlib tabulate numpy"),
     (6, "suite.compare", ""),
     (6, "suite.bench", "torch numpy"),
+    (6, "suite.bench_shapes", "torch transformers"),
     (6, "suite.cli", "click torch"),
 ]
 ROWS = [module for _, module, _ in LAYOUT]
