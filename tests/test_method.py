@@ -140,6 +140,13 @@ def test_configuration_holds_every_field():
             "metric": "mse",
             "block": 2,
             "score_tokens": 100,
+            "unit": "layer",
+            "search": "greedy",
+            "width": 1,
+            "refine": "none",
+            "pick": "closest",
+            "pick_seed": 0,
+            "choices": [],
         },
     }
 
@@ -147,10 +154,12 @@ def test_configuration_holds_every_field():
 @pytest.mark.parametrize("name", method.names())
 def test_changed_fields_change_the_configuration(name):
     made = build(name)
-    others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, tuple: lambda v: v[:1]}
+    others = {bool: lambda v: not v, int: lambda v: v + 1, float: lambda v: v * 0.9, tuple: lambda v: v[:1] or ("awq",)}
+    beside = {"width": {"search": "beam"}, "pick_seed": {"pick": "random"}}  # without which they would have no effect
     for field in dataclasses.fields(made):
         value = getattr(made, field.name)
         if type(value) in others:
+            made = dataclasses.replace(build(name), **beside.get(field.name, {}))
             changed = dataclasses.replace(made, **{field.name: others[type(value)](value)})
             assert changed != made and to_config(changed) != to_config(made)
             assert from_config(json.loads(json.dumps(to_config(changed)))) == changed
