@@ -742,7 +742,8 @@ class Tasks:
         entry = self._manager.task_index.get(leaf)
         if entry is None or entry.yaml_path is None:
             return None
-        return json.loads(json.dumps(load_yaml(entry.yaml_path, resolve_func=False, recursive=True), default=str))
+        text = json.dumps(load_yaml(entry.yaml_path, resolve_func=False, recursive=True), default=str)
+        return json.loads(text.replace(f"{Path(entry.yaml_path).parent}/", ""))  # functions stand with their folder
 
     def evaluates(self, name: str, calibration: calib.Calibration) -> bool:
         """Whether a task evaluates the text that a calibration set was cut from: a window task by the digest of its
