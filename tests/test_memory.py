@@ -30,7 +30,7 @@ def folder(request, tmp_path_factory):
     parts = {"model-1.safetensors": names[::2], "model-2.safetensors": names[1::2]}
     for file, keys in parts.items():
         save_file({key: weights[key] for key in keys}, path / file, metadata={"format": "pt"})
-    index = {"weight_map": {key: file for file, keys in parts.items() for key in keys}}
+    index = {"metadata": {}, "weight_map": {key: file for file, keys in parts.items() for key in keys}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     return path
 
