@@ -22,7 +22,7 @@ JUDGED = $(if $(BASELINE),--against-baseline $(BASELINE) $(if $(filter-out file,
 	$(if $(filter-out 0,$(FAST)),--fast) $(if $(SEED),--seed $(SEED))) \
 	$(if $(PLUGIN),--plugin $(PLUGIN)) $(if $(TASKS),--tasks $(TASKS)) --results $(RESULTS) $(ARGS)
 
-.PHONY: help setup reproduce regress test bench lint clean
+.PHONY: help setup reproduce ablate regress test bench lint clean
 
 help:
 	@echo "make setup       builds the environment in .venv (the other commands do so by themselves)"
@@ -31,6 +31,7 @@ help:
 	@echo "                   FAST=1 CALIB=text.txt SEED=1 RESULTS=folder ARGS='any option of ptq reproduce'"
 	@echo "make regress     judges a method: METHOD=my_method PLUGIN=my_method.py AGAINST=$(AGAINST) MODEL=$(MODEL)"
 	@echo "                   or today's code: BASELINE=results/baselines/embedded.json MODEL=tiny-llama-s"
+	@echo "make ablate      all ablations: MODELS=\"tiny-llama-s tiny-qwen-s\" FAST=1 EXPERIMENTS=pool,metric"
 	@echo "make test        runs all tests; make test ARGS='-m \"not slow\"' only the fast ones"
 	@echo "make bench       measures the speed of the methods, the hybrid and the evaluation"
 	@echo "make lint        checks the style"
@@ -57,6 +58,10 @@ reproduce: .venv/stamp
 
 regress: .venv/stamp
 	@$(RUN) -m suite.cli compare $(METHOD) $(JUDGED)
+
+ablate: .venv/stamp
+	@$(RUN) -m suite.cli ablate $(or $(MODELS),$(MODEL)) $(if $(filter-out 0,$(FAST)),--fast) \
+		$(if $(EXPERIMENTS),--experiments $(EXPERIMENTS)) --results $(RESULTS) $(ARGS)
 
 test: .venv/stamp
 	@$(RUN) -m pytest $(ARGS)

@@ -52,6 +52,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 # What an interruption leaves behind, by command.
 _KEPT = {
+    "ablate": ": results already measured are kept, and the same command continues from there",
     "reproduce": ": results already measured are kept, and the same command continues from there",
     "compare": ": results already measured are kept, and the same command continues from there",
     "save": ": no baseline was written; results already measured are kept, and the same command continues from there",
@@ -759,6 +760,56 @@ def report(model, results):
 
 
 @commands.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--experiments", type=Words(), help="Names of `ptq ls experiments`, or YAML files.  [all]")
+@click.option(
+    "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
+)
+@click.option("--tasks", type=Words(), help="Those that the experiments' words stand for.  [as in reproduce]")
+@options(CALIBRATION[:-1])
+@click.option("--workers", type=WHOLE, help="Measured at the same time.  [one a core; 1 for a large model]")
+@click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+)
+@click.option("--revision", help="Of a model of the hub.")
+def ablate(models, experiments, fast, tasks, calib, nsamples, seqlen, seed, workers, results, revision):
+    """Run the ablations: every table and figure of the paper, the controls, and what lies beyond it.
+
+    Each experiment is a YAML file: a grid of configurations and how to show it. What the results folder has is taken
+    from there; after an interruption the same command continues. Pages are written to RESULTS/ablations/.
+
+    \b
+    Examples:
+      ptq ablate tiny-llama-s --fast
+      ptq ablate tiny-llama-s tiny-llama-m tiny-qwen-s tiny-qwen-m
+      ptq ablate tiny-qwen-s@outliers=16 --experiments metric,search,statistics
+      ptq ablate tiny-llama-s --experiments my-grid.yaml
+      ptq ablate ./my-model --tasks world_wiki_ppl,world_math --calib my-text.txt
+    """
+    from suite.ablate import book, plan, run
+    from suite.progress import Progress
+
+    if twice := sorted({name for name in models if models.count(name) > 1}):
+        raise PTQError(f"model {twice[0]} is given twice: once is enough")
+    wanted = plan.load(experiments or ())
+    run.check(wanted)
+    with Progress("ablate") as progress:
+        done = run.ablate(models, wanted, root=results, fast=fast, seed=seed, workers=workers, progress=progress,
+                          revision=revision, tasks=tasks, calib_source=calib, nsamples=nsamples, seqlen=seqlen,
+                          whole=not experiments)
+    if not experiments:
+        from suite import report as reports
+        from suite.store import Store
+
+        for setting in done.main.values():
+            reports.write(Store(results), setting)
+    for path in book.write(done, wanted, results):
+        if path.suffix == ".md":
+            click.echo(f"  {path}")
+    click.echo(f"{done.measured} results measured, {done.implied} concluded from others, {done.found} found in {results}")
+
+
+@commands.command()
 @click.argument("model")
 @click.option("--abits", type=Words(), default="4,8", show_default=True, help="Bits of the activations.")
 @click.option("--wbits", type=int, default=4, show_default=True, help="Bits of the weights.")
@@ -1056,11 +1107,11 @@ def save(name, model, methods, out, **given):
 
 
 @commands.command("ls")
-@click.argument("thing", type=Choice("methods", "models", "tasks", "metrics"))
+@click.argument("thing", type=Choice("methods", "models", "tasks", "metrics", "experiments"))
 @click.option("--json", "as_json", is_flag=True, help="A list of JSON objects.")
 @options(PLUGIN)
 def list_(thing, as_json):
-    """List what there is: methods with their options, models, tasks, or the metrics of the hybrid.
+    """List what there is: methods with their options, models, tasks, the metrics of the hybrid, or the ablations.
 
     \b
     Examples:
@@ -1069,7 +1120,7 @@ def list_(thing, as_json):
       ptq ls tasks
       ptq ls methods --plugin my_method.py
     """
-    rows = {"methods": _methods, "models": _models, "tasks": _tasks, "metrics": _metrics}[thing]()
+    rows = {"methods": _methods, "models": _models, "tasks": _tasks, "metrics": _metrics, "experiments": _experiments}[thing]()
     if as_json:
         click.echo(json.dumps(rows, indent=1))
         return
@@ -1153,6 +1204,12 @@ def _tasks() -> list[dict]:
             )
             rows.append({"name": named.group(1), "what": comment})
     return rows
+
+
+def _experiments() -> list[dict]:
+    from suite.ablate import plan
+
+    return [{"name": e.name, "what": (f"table {e.table}: " if e.table else "") + e.title} for e in plan.load()]
 
 
 def _metrics() -> list[dict]:

@@ -241,12 +241,12 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
     config = models.read_json(source.folder / "config.json")
     device = torch.device(device) if device else models.default_device()
     kept = _name(models.parse_dtype(dtype) or models.default_dtype(device))
-    sampling = _sampling(embedded, config, calib_source, nsamples, seqlen, seed, fast)
+    sampled = sampling(embedded, config, calib_source, nsamples, seqlen, seed, fast)
     tokenizer = checkpoint.load_tokenizer(source.folder)
     for _, configured, _ in built:
         if (check := getattr(configured, "check", None)) is not None:  # what a method can tell from shapes
             check(SimpleNamespace(**config))
-    variants = _variants(built, options or {}, kv.check(kvbits), mode, sampling, calib_source, embedded, tokenizer,
+    variants = _variants(built, options or {}, kv.check(kvbits), mode, sampled, calib_source, embedded, tokenizer,
                          batch_tokens)
     overlaps = _overlaps(variants, tests, allow_eval_calibration)
 
@@ -378,6 +378,9 @@ class Job:
     def steps(self) -> int:
         return self.layers + len(self.missing)
 
+    def do(self, runner: Callable[..., Any], loaded: Loaded, tell: Callable[[int, str], None]) -> None:
+        measure(self, runner, loaded.tests(self), tell)
+
 
 def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[int, str], None]) -> None:
     """Does a job. Each record is written as soon as its result is there. tell(steps done, text) after each step.
@@ -387,7 +390,7 @@ def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[
     variant, store = job.variant, job.store
     identity = variant.quantization(job.identity, job.dtype)
     folder = store.folder(job.identity["name"]) / "partial" / digest(identity)[:12]
-    with _threads(job.threads), resume.into(folder, {**identity, "device": job.device}):
+    with threads_(job.threads), resume.into(folder, {**identity, "device": job.device}):
         run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype,
                      batch_size=job.batch_size)
         with Meter() as meter:
@@ -432,9 +435,9 @@ def _put(store: Store, identity: dict, result: Mapping[str, Any], meter: Meter) 
 
 
 def _measure_in_turn(jobs: Sequence[Job], runner: Callable[..., Any], progress: Progress | None) -> None:
-    before, total, loaded = 0, sum(job.steps for job in jobs), _Loaded()
+    before, total, loaded = 0, sum(job.steps for job in jobs), Loaded()
     for job in jobs:
-        measure(job, runner, loaded.tests(job), _teller(progress, before, total))
+        job.do(runner, loaded, _teller(progress, before, total))
         before += job.steps
 
 
@@ -488,18 +491,18 @@ def _work(waiting: Any, told: Any, plugged: Sequence[str] = ()) -> None:
     warnings.simplefilter("ignore")
     for path in plugged:  # before the first job arrives, which is unpickled by the name of its class's module
         plugins.load(path)
-    loaded = _Loaded()
+    loaded = Loaded()
     while (waited := waiting.get()) is not None:
         i, job = waited
         try:
-            measure(job, Runner, loaded.tests(job), lambda steps, text, i=i: told.put((i, steps, text, None)))
+            job.do(Runner, loaded, lambda steps, text, i=i: told.put((i, steps, text, None)))
         except PTQError as error:
             told.put((i, 0, "", error))
         except Exception:  # anything else is a bug, and its traceback would be lost with the process
             told.put((i, 0, "", RuntimeError(traceback.format_exc())))
 
 
-class _Loaded:
+class Loaded:
     """The tasks of jobs, each set loaded once."""
 
     def __init__(self):
@@ -512,7 +515,7 @@ class _Loaded:
         return self._tests[key]
 
 
-class _threads:
+class threads_:
     """So many torch threads inside the block; None leaves them alone."""
 
     def __init__(self, count: int | None):
@@ -585,7 +588,7 @@ def _bits(options: Mapping[str, Any]) -> str:
     return f"W{scheme.weight.bits}A{scheme.act.bits if scheme.act else 16}"
 
 
-def _sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsamples: int | None, seqlen: int | None,
+def sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsamples: int | None, seqlen: int | None,
               seed: int, fast: bool) -> Sampling:
     """The matched mode's calibration set: 64 x 512 embedded tokens, or 128 x 2048 of WikiText-2's training text."""
     source = source or (calib.EMBEDDED if embedded else "wikitext2")

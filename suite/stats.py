@@ -138,3 +138,19 @@ def _bootstrap(statistic, data: tuple[np.ndarray, ...], seed: int) -> np.ndarray
 def _limits(draws: np.ndarray, level: float) -> tuple[float, float]:
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def spearman(x: Sequence[float], y: Sequence[float], level: float = LEVEL, seed: int = 0) -> Interval:
+    """Spearman's rank correlation of two series, with its percentile bootstrap interval over the points.
+
+    >>> spearman([1, 2, 3, 4], [1, 4, 9, 16]).value
+    1.0
+    """
+    def statistic(a, b, axis=-1):
+        a, b = stats.rankdata(a, axis=axis), stats.rankdata(b, axis=axis)
+        a, b = a - a.mean(axis, keepdims=True), b - b.mean(axis, keepdims=True)
+        spread = np.sqrt((a * a).sum(axis) * (b * b).sum(axis))
+        return np.where(spread > 0, (a * b).sum(axis) / np.where(spread > 0, spread, 1), 0.0)
+
+    a, b = np.asarray(x, float), np.asarray(y, float)
+    return Interval(float(statistic(a, b)), *_limits(_bootstrap(statistic, (a, b), seed), level))

@@ -217,8 +217,9 @@ class Store:
 
         >>> list(Store("results").records(model="tiny-llama-s", kind="evaluation", mode="matched")) # doctest: +SKIP
         """
+        files = "*-quantization-*.json" if kind == "quantization" else "*.json"  # others need not even be read
         for path in (path for place in self._places
-                     for path in sorted(self.root.glob(f"{folder_of(model) if model else '*'}/{place}/*.json"))):
+                     for path in sorted(self.root.glob(f"{folder_of(model) if model else '*'}/{place}/{files}"))):
             record = read(path)
             if model in (None, record.model) and kind in (None, record.kind) and all(
                     record.identity.get(key) == value for key, value in identity.items()):
@@ -239,8 +240,8 @@ def _readable(identity: Mapping[str, Any]) -> str:
     """The part of a file's name that is for people; only the hash identifies."""
     method, task = identity.get("method") or {}, identity.get("task") or {}
     limit = f"limit{task['limit']}" if task.get("limit") is not None else ""
-    parts = (method.get("method", ""), identity.get("scheme", ""), identity.get("mode", ""),
-             task.get("name", identity.get("study", identity["kind"])), limit)
+    parts = (identity.get("study", method.get("method", "")), identity.get("scheme", ""), identity.get("mode", ""),
+             task.get("name", identity["kind"]), limit)
     return "-".join(_slug(str(part)) for part in parts if part)
 
 

@@ -26,6 +26,7 @@ COMMANDS = [
     ["ppl"],
     ["lm-eval"],
     ["reproduce"],
+    ["ablate"],
     ["report"],
     ["rotations"],
     ["check"],
@@ -145,7 +146,8 @@ def test_examples_use_options_and_names_that_exist():
                 "text_ppl",
             ],
         ),
-        ("metrics", ["cka", "mse", "cosine", "sqnr"]),
+        ("metrics", ["cka", "mse", "cosine", "sqnr", "kl"]),
+        ("experiments", ["perplexity", "pool", "metric", "search", "degradation"]),
     ],
 )
 def test_ls(ptq, thing, expected):
@@ -451,6 +453,10 @@ MISTAKES = {
     "unknown command": ("quantise --help", "quantize"),
     "unknown thing to list": ("ls method", "methods"),
     "unknown flag": ("ppl --modle {good} --text {text}", "--model"),
+    "unknown experiment": ("ablate tiny-llama-s --experiments pol", "did you mean 'pool'"),
+    "missing experiment file": ("ablate tiny-llama-s --experiments ./nowhere.yaml", "nowhere.yaml"),
+    "model to ablate twice": ("ablate tiny-llama-s tiny-llama-s", "tiny-llama-s is given twice"),
+    "unknown model to ablate": ("ablate tiny-lama-s --experiments pool", "tiny-llama-s"),
     "missing flag": ("ppl --model {good}", "--text"),
     "unknown model": ("ppl --model tiny-lama-s --text {text}", "tiny-llama-s"),
     "unknown embedded model": ("zoo card tiny-lama-s", "tiny-llama-s"),

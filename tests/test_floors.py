@@ -62,6 +62,7 @@ LAYOUT = [
     (5, "suite.experiments", "torch lm_eval numpy"),
     (5, "suite.report", "pandas matplotlib tabulate numpy"),
     (6, "suite.compare", ""),
+    (6, "suite.ablate", "torch yaml"),
     (6, "suite.bench", "torch numpy"),
     (6, "suite.bench_shapes", "torch transformers"),
     (6, "suite.cli", "click torch"),

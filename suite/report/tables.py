@@ -181,11 +181,11 @@ def csv(comparison: Comparison) -> str:
 def latex(comparison: Comparison) -> str:
     """A table float for booktabs, with the footnotes in its caption."""
     headings, rows = _cells(comparison, intervals=False)
-    table = [[rf"\textbf{{{_tex(cell.text)}}}" if cell.best else _tex(cell.text) for cell in row] for row in rows]
+    table = [[rf"\textbf{{{tex(cell.text)}}}" if cell.best else tex(cell.text) for cell in row] for row in rows]
     lines = [r"\begin{table}", r"\centering", r"\small", rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}",
-             r"\toprule", " & ".join(map(_tex, headings)) + r" \\", r"\midrule",
+             r"\toprule", " & ".join(map(tex, headings)) + r" \\", r"\midrule",
              *(" & ".join(row) + r" \\" for row in table), r"\bottomrule", r"\end{tabular}",
-             rf"\caption{{{_tex(' '.join([caption(comparison), *notes(comparison)]))}}}",
+             rf"\caption{{{tex(' '.join([caption(comparison), *notes(comparison)]))}}}",
              rf"\label{{tab:{comparison.model}-{comparison.setting.stem}}}", r"\end{table}"]
     return "\n".join(lines) + "\n"
 
@@ -194,7 +194,7 @@ _TEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#
         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "Δ": r"$\Delta$", "±": r"$\pm$", "†": r"$^\dagger$"}
 
 
-def _tex(text: str) -> str:
+def tex(text: str) -> str:
     return "".join(_TEX.get(character, character) for character in text)
 
 
