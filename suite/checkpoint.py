@@ -82,11 +82,23 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
 
     >>> save(model, tokenizer, "out", {"method": to_config(method), "layers": records})  # doctest: +SKIP
     """
-    folder = Path(folder).expanduser()
-    check_target(folder, overwrite)
     linears = _linears(model, layers)
     if not linears:
         raise PTQError("this model has no quantized linear: save it with its own save_pretrained")
+    with whole(folder, overwrite) as temporary:
+        _write(model, tokenizer, temporary, linears, record, layers)
+    return Path(folder).expanduser()
+
+
+@contextlib.contextmanager
+def whole(folder: str | Path, overwrite: bool = False, marker: str = RECORD) -> Iterator[Path]:
+    """A new folder to write into, that takes its place when the block ends and vanishes if it fails.
+
+    marker: the file by which a folder of the same kind is known, that may be replaced if `overwrite` says so.
+    Raises PTQError: the target exists and is not empty, is of another kind, or cannot be written.
+    """
+    folder = Path(folder).expanduser()
+    check_target(folder, overwrite, marker)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-", suffix=".tmp"))
@@ -94,7 +106,10 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
         raise PTQError(f"folder {str(folder)!r} cannot be written ({error.strerror}): "
                        f"give another with --out") from None
     try:
-        _write(model, tokenizer, temporary, linears, record, layers)
+        yield temporary
+        for path in temporary.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
         os.chmod(temporary, 0o755)  # mkdtemp's folders are private
         _publish(temporary, folder)
     except OSError as error:
@@ -102,18 +117,17 @@ def save(model: nn.Module, tokenizer: Any, folder: str | Path, record: dict, ove
                        f"give another with --out") from None
     finally:  # after an interrupt too
         shutil.rmtree(temporary, ignore_errors=True)
-    return folder
 
 
-def check_target(folder: str | Path, overwrite: bool = False) -> None:
-    """Raises PTQError if `save` would refuse a folder: to be called before the work begins."""
+def check_target(folder: str | Path, overwrite: bool = False, marker: str = RECORD) -> None:
+    """Raises PTQError if `whole` would refuse a folder: to be called before the work begins."""
     folder = Path(folder).expanduser()
     if folder.exists() and not folder.is_dir():
         raise PTQError(f"output {str(folder)!r} is a file: give a folder that does not exist yet")
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
             raise PTQError(f"output folder {str(folder)!r} exists and is not empty: give another, or pass --overwrite")
-        if not is_quantized(folder):
+        if not (folder / marker).is_file():
             raise PTQError(f"output folder {str(folder)!r} holds something that is no quantized model, "
                            f"and is not overwritten: give another")
 
@@ -148,9 +162,6 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, di
         "linears": linears,
         **_added(model),
         "versions": provenance.versions(), "record": record})
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -253,7 +264,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None,
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=stored)
         _add_(model, found)
-        _fill_(model, tensors, found["linears"], stored)
+        fill_(model, tensors, found["linears"], stored)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise PTQError(f"quantized folder {str(folder)!r} does not fit together, so it is corrupt "
                        f"({type(error).__name__}: {error}): {_ADVICE}") from None
@@ -290,7 +301,7 @@ def _add_(model: nn.Module, found: dict) -> None:
 
 
 @torch.no_grad()
-def _fill_(model: nn.Module, tensors: dict[str, Tensor], linears: dict[str, dict], dtype: torch.dtype) -> None:
+def fill_(model: nn.Module, tensors: dict[str, Tensor], linears: dict[str, dict], dtype: torch.dtype) -> None:
     """Replaces the quantized linears and sets every other tensor. Raises RuntimeError for what does not fit."""
     arch.family(model)
     shared: dict[tuple[str, QuantSpec | None], TokenRounding] = {}

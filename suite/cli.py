@@ -276,6 +276,8 @@ def commands():
 @click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
 @click.option("--revision", help="Of a model of the hub.")
 @options(MEMORY)
+@click.option("--export", "export_to", type=click.Path(path_type=Path), metavar="FOLDER",
+              help="Write the model for inference engines too, as `ptq export` does.")
 @click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
 def quantize(
     model,
@@ -301,6 +303,7 @@ def quantize(
     activations,
     device,
     dtype,
+    export_to,
     overwrite,
 ):
     """Quantize a model and write it to a folder that the other commands take as a model.
@@ -317,6 +320,7 @@ def quantize(
       ptq quantize --model ./my-model --method gptq --set damp=0.05 --set act_order=true --calib t.txt --out /tmp/g
       ptq quantize --model tiny-llama-s --method spinquant --abits 4 --kvbits 4 --variant had --out /tmp/spin
       ptq quantize --model tiny-llama-s --method my_method --plugin my_method.py --out /tmp/mine
+      ptq quantize --model tiny-llama-s --method awq --out /tmp/awq --export /tmp/awq-packed
     """
     given = {
         "wbits": wbits,
@@ -344,6 +348,13 @@ def quantize(
             f"give fewer bits, or use the model as it is"
         )
     check_out(out, overwrite)
+    if export_to is not None:
+        from suite import export
+
+        if export_to.expanduser().absolute() == out.expanduser().absolute():
+            raise PTQError(f"--export and --out are the same folder {str(out)!r}: give two")
+        export.check_plan(configured, configured.scheme, int(kvbits))
+        check_out(export_to, overwrite, export.RECORD)
 
     from suite import calib as calibration
     from suite import checkpoint, depot, kv, models, plugins, resume, walk, windows
@@ -404,6 +415,8 @@ def quantize(
             states = [workspace.load(f"layer-{i:03d}", lazily=True) for i in range(len(layers))]
         record = {**made, "layers": layers, "memory": planned.against(meter.sofar, before)}
         checkpoint.save(loaded.model, loaded.tokenizer, out, record, overwrite, states)
+    if export_to is not None:
+        export.export(out, export_to, overwrite=overwrite)
 
     weights = sum(layer["weights"] for layer in layers)
     bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
@@ -411,7 +424,7 @@ def quantize(
     click.echo(f"{loaded.name}: {method}, {configured.scheme}, {bits:.3f} bits per weight with scales, {seconds:.1f} s")
     if any("chosen" in layer for layer in layers):
         click.echo("chosen per layer: " + " ".join(layer["chosen"] for layer in layers))
-    click.echo(str(out))
+    click.echo("\n".join(str(path) for path in (out, export_to) if path is not None))
 
 
 def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out, device, dtype, load, activations):
@@ -469,11 +482,11 @@ def plan(model, method, wbits, abits, group_size, kvbits, calib, nsamples, seqle
                    f"{made.told()}")
 
 
-def check_out(folder: Path, overwrite: bool) -> None:
+def check_out(folder: Path, overwrite: bool, marker: str = "ptq.json") -> None:
     """Raises PTQError, before any work, if a folder could not be written at the end. Leaves nothing behind."""
     from suite import checkpoint
 
-    checkpoint.check_target(folder, overwrite)
+    checkpoint.check_target(folder, overwrite, marker)
     parent = folder.expanduser().absolute().parent
     existing = next(p for p in (parent, *parent.parents) if p.exists())
     try:
@@ -483,6 +496,41 @@ def check_out(folder: Path, overwrite: bool) -> None:
         raise PTQError(
             f"output folder {str(folder)!r} cannot be written ({error.strerror}): give another with --out"
         ) from None
+
+
+@commands.command()
+@click.option("--model", required=True, metavar="FOLDER", help="A folder of `ptq quantize`.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the checkpoint.")
+@click.option("--format", "form", type=Choice("compressed-tensors"), default="compressed-tensors", show_default=True,
+              help="Of the checkpoint.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True,
+              help="Where the numbers of the model card are looked up.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier export in --out.")
+def export(model, out, form, results, overwrite):
+    """Write a quantized model as a checkpoint that transformers and inference engines load.
+
+    Weights are packed by the format's own library; config.json tells the grid of every linear. What the format cannot
+    say (rotations at run time, a rounded key-value cache) is refused.
+
+    \b
+    Examples:
+      ptq export --model /tmp/hybrid --out /tmp/hybrid-packed
+      ptq export --model /tmp/hybrid --format compressed-tensors --out /tmp/hybrid-packed --results results
+    """
+    check_out(out, overwrite, "ptq_export.json")
+    from suite import models
+
+    source = models.resolve(model)
+    if source.kind != "quantized":
+        raise PTQError(f"model {model!r} is not quantized: `ptq quantize --model {model} --export FOLDER` does both")
+
+    from suite import card, export
+    from suite.store import Store
+
+    record = models.record_of(source)
+    rows = card.measured(Store(results), record) if results.is_dir() else None
+    export.export(source.folder, out, form, overwrite, rows)
+    click.echo(str(out))
 
 
 def choose_threads(model: Any) -> None:

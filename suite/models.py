@@ -1,4 +1,5 @@
-"""Models by name: an embedded one, a local folder, a quantized folder, a known name or any id of the hub.
+"""Models by name: an embedded one, a local folder, a quantized folder, a checkpoint of the compressed-tensors format,
+a known name or any id of the hub.
 
 A name may end in `@outliers=SEVERITY[,seed=N]`: outlier channels are planted on loading (see suite/zoo/outliers.py).
 What was loaded is identified by a digest of its files, not by its name, so that records never mix two models up.
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suite import arch, checkpoint, hub, kv, paths, stream, zoo
+from suite import arch, checkpoint, hub, importing, kv, paths, stream, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
@@ -113,7 +114,8 @@ def _resolve_base(name: str, revision: str | None) -> Source:
     folder = Path(name).expanduser()
     if folder.is_dir():
         _check_folder(folder, name)
-        kind = "quantized" if checkpoint.is_quantized(folder) else "folder"
+        quantized = checkpoint.is_quantized(folder) or importing.is_importable(folder)
+        kind = "quantized" if quantized else "folder"
         return Source(kind, folder.resolve().name, folder)
     if folder.is_file():
         raise PTQError(f"model {name!r} is a file: give the folder that holds config.json and the safetensors")
@@ -133,9 +135,12 @@ def _check_folder(folder: Path, name: str) -> None:
     config = read_json(folder / "config.json")
     if checkpoint.is_quantized(folder):
         return
-    if (found := config.get("quantization_config")) is not None:
+    if importing.is_importable(folder):
+        importing.read_config(folder)
+    elif (found := config.get("quantization_config")) is not None:
         how = found.get("quant_method", "?") if isinstance(found, dict) else "?"
-        raise PTQError(f"model {name!r} is quantized already, by {how!r}: give a full-precision model")
+        raise PTQError(f"model {name!r} is quantized already, by {how!r}: give a full-precision model, "
+                       f"or a checkpoint of compressed-tensors")
     arch.family(SimpleNamespace(config=SimpleNamespace(model_type=config.get("model_type"))))
     weight_files(folder)
 
@@ -170,6 +175,13 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
+def record_of(source: Source) -> dict:
+    """How a quantized folder was made; {} for a checkpoint of another tool. Raises PTQError if it is corrupt."""
+    if checkpoint.is_quantized(source.folder):
+        return checkpoint.read_record(source.folder)["record"]
+    return importing.read_record(source.folder)
+
+
 # ---------------------------------------------------------------------------------------------- identity
 
 
@@ -184,7 +196,7 @@ def identify(name: str, revision: str | None = None) -> dict:
 
 
 def _digest(source: Source) -> str:
-    if source.kind == "quantized":
+    if source.kind == "quantized" and checkpoint.is_quantized(source.folder):
         return checkpoint.identity(source.folder)
     files = [source.folder / file for file in _IDENTIFYING] + weight_files(source.folder)
     total = hashlib.sha256()
@@ -281,9 +293,12 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
     device = device_of(device)
     source = resolve(name, revision).fetched()
     dtype = parse_dtype(dtype)
-    if source.kind == "quantized":
+    if source.kind == "quantized" and checkpoint.is_quantized(source.folder):
         model, tokenizer, record = checkpoint.load(source.folder, dtype=dtype, device=device)
         return Loaded(model, tokenizer, source.name, checkpoint.identity(source.folder), source.kind, record)
+    if importing.is_importable(source.folder):
+        model, tokenizer, record = importing.load(source.folder, dtype or default_dtype(device), device)
+        return Loaded(model, tokenizer, source.name, _digest(source), "quantized", record)
     if by_layer:
         if source.outliers is not None:
             raise PTQError(f"model {name!r}: outliers are planted into a whole model, not layer by layer")

@@ -1,0 +1,45 @@
+"""Quantizes a model with llm-compressor by a recipe and the token ids given. Runs in the environment of `make peers`.
+
+    .venv-peers/bin/python peers/oneshot.py MODEL TOKENS.json RECIPE.yaml OUT [--shuffle SEED] [--form pack-quantized]
+
+TOKENS.json is a list of sequences of token ids. Without --shuffle they are taken in their order; with it in an order
+drawn from the seed, as the tool by itself draws one anew each time.
+"""
+
+import argparse
+import json
+
+import torch
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.pipelines.cache import IntermediatesCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+# AWQ pins its cache in memory for a GPU, and fails where there is none. It is a matter of speed alone.
+if not torch.accelerator.is_available():
+    IntermediatesCache.pin_memory = lambda *_, **__: None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("model", "tokens", "recipe", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--shuffle", type=int, metavar="SEED")
+    parser.add_argument("--form", default="pack-quantized")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(given.shuffle or 0)
+    with open(given.tokens) as file:
+        sequences = json.load(file)
+    data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in sequences])
+    model = AutoModelForCausalLM.from_pretrained(given.model)
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=given.recipe, pipeline="sequential",
+            max_seq_length=len(sequences[0]), num_calibration_samples=len(sequences),
+            shuffle_calibration_samples=given.shuffle is not None)
+    model.save_pretrained(given.out, save_compressed=True, quantization_format=given.form)
+    tokenizer.save_pretrained(given.out)
+
+
+if __name__ == "__main__":
+    main()
