@@ -22,7 +22,7 @@ JUDGED = $(if $(BASELINE),--against-baseline $(BASELINE) $(if $(filter-out file,
 	$(if $(filter-out 0,$(FAST)),--fast) $(if $(SEED),--seed $(SEED))) \
 	$(if $(PLUGIN),--plugin $(PLUGIN)) $(if $(TASKS),--tasks $(TASKS)) --results $(RESULTS) $(ARGS)
 
-.PHONY: help setup reproduce ablate regress test bench lint clean
+.PHONY: help setup reproduce ablate regress test bench peers lint clean
 
 help:
 	@echo "make setup       builds the environment in .venv (the other commands do so by themselves)"
@@ -34,8 +34,9 @@ help:
 	@echo "make ablate      all ablations: MODELS=\"tiny-llama-s tiny-qwen-s\" FAST=1 EXPERIMENTS=pool,metric"
 	@echo "make test        runs all tests; make test ARGS='-m \"not slow\"' only the fast ones"
 	@echo "make bench       measures the speed of the methods, the hybrid and the evaluation"
+	@echo "make peers       builds an environment with llm-compressor in .venv-peers, for comparisons with it"
 	@echo "make lint        checks the style"
-	@echo "make clean       removes .venv and caches; results/ stays"
+	@echo "make clean       removes .venv, .venv-peers and caches; results/ stays"
 	@echo "PYTHON=...       the interpreter to build with, now: $(or $(PYTHON),none found)"
 
 # The stamp holds the folder it was made in: the editable installation does not survive being moved.
@@ -69,9 +70,18 @@ test: .venv/stamp
 bench: .venv/stamp
 	@$(RUN) -m suite.bench $(ARGS)
 
+# llm-compressor pins versions that the suite does not bend to: an environment of its own.
+.venv-peers/stamp: peers/requirements.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer was found: give one with PYTHON=/path/to/python" >&2; exit 2; }
+	@rm -f $@; $(PYTHON) -m venv .venv-peers
+	@.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r peers/requirements.txt
+	@touch $@
+
+peers: .venv-peers/stamp
+
 lint: .venv/stamp
 	@$(RUN) -m ruff check .
 
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache build dist
+	rm -rf .venv .venv-peers .pytest_cache .ruff_cache build dist
 	find suite baselines tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -364,3 +364,46 @@ def test_ppl_of_a_checkpoint(exported, source, toy_text_file, capsys):
 def test_an_import_is_not_quantized_again(exported, tmp_path, capsys):
     assert "quantized already" in refused(
         ["quantize", "--model", exported, "--method", "rtn", "--out", tmp_path / "q"], capsys)
+
+
+# ---------------------------------------------------------------------------------------------- recipe
+
+
+def steps(chosen, name="cka-hybrid", **options):
+    key = "chosen_by_site" if isinstance(chosen[0], dict) else "chosen"
+    record = {"method": method.to_config(method.build(name, **options)),
+              "layers": [{"layer": i, key: value} for i, value in enumerate(chosen)]}
+    return yaml.safe_load(recipe.text(record))["quantization_stage"]["quantization_modifiers"]
+
+
+def targets(modifier):
+    return modifier["config_groups"]["group_0"]["targets"]
+
+
+def test_recipe_of_a_hybrid():
+    found = steps(["gptq", "awq", "smoothquant+gptq"], wbits=3, abits=16)
+    assert list(found) == ["AWQModifier", "SmoothQuantModifier", "GPTQModifier", "QuantizationModifier"]
+    assert {layer for t in targets(found["GPTQModifier"]) for layer in "012" if f"({layer})" in t} == {"0", "2"}
+    assert r"re:.*layers\.(1)\.mlp\.down_proj$" in targets(found["QuantizationModifier"])
+    assert len(targets(found["GPTQModifier"])) == 14 and len(targets(found["QuantizationModifier"])) == 7
+    assert found["AWQModifier"]["mappings"][0]["smooth_layer"] == r"re:.*layers\.(1)\.input_layernorm$"
+    assert [m[1] for m in found["SmoothQuantModifier"]["mappings"]] == [
+        r"re:.*layers\.(2)\.input_layernorm$", r"re:.*layers\.(2)\.post_attention_layernorm$"]
+    group = found["GPTQModifier"]["config_groups"]["group_0"]
+    assert group["weights"]["num_bits"] == 3 and group["input_activations"] is None
+
+
+def test_recipe_of_choices_by_site():
+    found = steps([{"qkv": "gptq", "o": "rtn", "gate_up": "gptq", "down": "rtn"}])
+    assert targets(found["QuantizationModifier"]) == [
+        r"re:.*layers\.(0)\.self_attn\.o_proj$", r"re:.*layers\.(0)\.mlp\.down_proj$"]
+
+
+def test_recipe_only_where_the_tool_has_the_method(exported):
+    uniform = {"method": method.to_config(method.build("gptq", damp=0.05)), "layers": [{"layer": 0}]}
+    modifiers = yaml.safe_load(recipe.text(uniform))["quantization_stage"]["quantization_modifiers"]
+    assert modifiers["GPTQModifier"]["dampening_frac"] == 0.05
+    for name in ("spinquant", "mp-gptq"):
+        assert recipe.text({"method": method.to_config(method.build(name)), "layers": [{"layer": 0}]}) is None
+    assert recipe.text({}) is None
+    assert (exported / "recipe.yaml").is_file()
