@@ -94,8 +94,8 @@ def test_nothing_measured_gives_no_table(tmp_path):
 def test_the_command_writes_the_table(tmp_path, toy_folder, monkeypatch, capsys):
     monkeypatch.setattr(experiments, "Runner", FakeRunner)
     command = ["rotations", str(toy_folder), "--abits", "4", "--seeds", "0,1", "--results", str(tmp_path)]
-    sampling = experiments._sampling
-    monkeypatch.setattr(experiments, "_sampling", lambda embedded, *a: sampling(True, *a))
+    sampling = experiments.sampling
+    monkeypatch.setattr(experiments, "sampling", lambda embedded, *a: sampling(True, *a))
     with pytest.raises(SystemExit) as ended:
         cli.main(command)
     assert ended.value.code == 0
