@@ -44,8 +44,12 @@ class Workspace:
         self.folder, self.identity = folder, json.loads(json.dumps(identity, sort_keys=True, allow_nan=False))
         self._lock: int | None = None
         self._saved: dict[str, tuple[float, float]] = {}  # name -> when it was saved last, how long that took
-        if folder.exists():
+        if folder.exists() and not self._begun():
             self._open()
+
+    def _begun(self) -> bool:
+        """Whether the run that made the folder was killed before it had said what it is: there is nothing to continue."""
+        return self.folder.is_dir() and all(path.name == _LOCK or path.name.startswith(".") for path in self.folder.iterdir())
 
     def _open(self) -> None:
         path = self.folder / _IDENTITY
@@ -121,8 +125,12 @@ class Workspace:
         os.replace(temporary, self.folder / name)
 
     def close(self, finished: bool) -> None:
-        if finished:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if finished and self.folder.exists():
+            # In one step out of the way: a kill in the middle of the removal must not leave half a state behind.
+            gone = self.folder.with_name(f".{self.folder.name}.{os.getpid()}.done")
+            with contextlib.suppress(OSError):
+                os.replace(self.folder, gone)
+            shutil.rmtree(gone, ignore_errors=True)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

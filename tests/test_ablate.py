@@ -341,7 +341,7 @@ def test_all_experiments_end_to_end(tmp_path, toy_text_file):
     assert {path.stem for path in paths if path.suffix == ".md"} == {*plan.names(), "paper"}
     assert {path.parent.name for path in paths} == {"ablations-limit2"}
     pictures = {path.name for path in paths if path.suffix == ".png"}
-    assert len(pictures) >= 14 and "bits-pareto.png" in pictures
+    assert len(pictures) >= 13 and "bits-pareto.png" in pictures
     assert all(path.stat().st_size > 100 for path in paths)
     assert "not run" not in (tmp_path / "results/ablations-limit2/metric.md").read_text()
     again = run.ablate([str(folder)], wanted, **given)
