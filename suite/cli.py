@@ -673,6 +673,8 @@ def lm_eval(arguments):
     is_flag=True,
     help="Allow calibration on the text that is evaluated; such numbers are marked.",
 )
+@click.option("--checkpoint", "checkpoints", type=Pair(), multiple=True, metavar="LABEL=FOLDER",
+              help="A checkpoint of another tool as one more row; may be repeated.")
 def reproduce(
     model,
     methods,
@@ -696,6 +698,7 @@ def reproduce(
     fresh,
     workers,
     allow_eval_calibration,
+    checkpoints,
 ):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
@@ -711,6 +714,7 @@ def reproduce(
       ptq reproduce tiny-llama-s --plugin my_method.py --methods fp16,gptq,my_method,awq+my_method
       ptq reproduce ./my-model --calib my-text.txt --tasks world_math --results /tmp/results
       ptq reproduce qwen1.5-0.5b --tasks paper --limit 100 --data-dir ./sets --allow-code-execution
+      ptq reproduce tiny-llama-s --methods fp16,gptq --checkpoint theirs=/tmp/theirs
     """
     steps = [_severity(word) for word in severities or ()]
     scheme = {
@@ -750,6 +754,10 @@ def reproduce(
             )
         else:
             outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
+            if checkpoints:
+                from suite.checkpoints import measure
+
+                outcomes = [measure(store, outcomes[0], model, dict(checkpoints), fresh)]
     for outcome in outcomes:
         note(outcome.note)
         # A sweep is drawn as one figure; `ptq report` makes the tables of its severities from their records.

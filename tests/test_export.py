@@ -407,3 +407,22 @@ def test_recipe_only_where_the_tool_has_the_method(exported):
         assert recipe.text({"method": method.to_config(method.build(name)), "layers": [{"layer": 0}]}) is None
     assert recipe.text({}) is None
     assert (exported / "recipe.yaml").is_file()
+
+
+def test_a_checkpoint_is_a_row_of_the_table(toy_folder, source, exported, toy_text_file, tmp_path, capsys):
+    def reproduce(*more):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["reproduce", str(toy_folder), "--methods", "fp16", "--tasks", "world_wiki_ppl", "--fast",
+                      "--calib", str(toy_text_file), "--nsamples", "4", "--seqlen", "64",
+                      "--results", str(tmp_path / "results"), *more])
+        return stopped.value.code, capsys.readouterr()
+
+    status, told = reproduce("--checkpoint", f"packed={exported}", "--checkpoint", f"ours={source}")
+    assert status == 0 and "3 results measured" in told.out
+    rows = [line.split() for line in told.out.splitlines() if "packed" in line.split()[:2] or "ours" in line.split()[:2]]
+    assert len(rows) == 2 and rows[0][1:] == rows[1][1:]
+    assert "3 found" in reproduce("--checkpoint", f"packed={exported}", "--checkpoint", f"ours={source}")[1].out
+    for more, reason in [((f"gptq={exported}",), "a method's name"), ((f"x={toy_folder}",), "is not quantized"),
+                         ((f"x={exported}", "--wbits", "3"), "comparison at W3A8 g128")]:
+        status, told = reproduce("--checkpoint", *more)
+        assert status == 2 and reason in told.err

@@ -65,6 +65,7 @@ LAYOUT = [
     (4, "suite.recipe", "yaml"),
     (4, "suite.export", "torch transformers safetensors compressed_tensors huggingface_hub"),
     (5, "suite.experiments", "torch lm_eval numpy"),
+    (5, "suite.checkpoints", ""),
     (5, "suite.report", "pandas matplotlib tabulate numpy"),
     (6, "suite.compare", ""),
     (6, "suite.ablate", "torch yaml"),
