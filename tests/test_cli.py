@@ -31,6 +31,7 @@ COMMANDS = [
     ["rotations"],
     ["check"],
     ["compare"],
+    ["export"],
     ["baseline"],
     ["baseline", "save"],
     ["ls"],
