@@ -29,7 +29,7 @@ from suite import arch, provenance
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec, decode
 from suite.hadamard import Orthogonal
-from suite.layer_state import compact, spec_as_json
+from suite.layer_state import compact, grids
 from suite.linear import Online, QuantLinear, RoundedLinear, TokenRounding
 
 FORMAT = 1
@@ -135,8 +135,7 @@ def check_target(folder: str | Path, overwrite: bool = False, marker: str = RECO
 def _linears(model: nn.Module, layers: Sequence[dict[str, Any]] | None) -> dict[str, dict]:
     """The grids of every quantized linear, by its name in the model."""
     if layers is None:
-        return {name: {"weight": spec_as_json(getattr(module, "spec", None)), "act": spec_as_json(module.act)}
-                for name, module in _modules(model, QuantLinear, RoundedLinear).items()}
+        return grids(model)
     return {f"{arch.family(model).layers}.{i}.{name}": specs for i, state in enumerate(layers)
             for name, specs in state["linears"].items()}
 
@@ -268,14 +267,21 @@ def load(folder: str | Path, dtype: torch.dtype | None = None,
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise PTQError(f"quantized folder {str(folder)!r} does not fit together, so it is corrupt "
                        f"({type(error).__name__}: {error}): {_ADVICE}") from None
+    return finished_(model, folder, stored, dtype, device), load_tokenizer(folder), found["record"]
+
+
+def finished_(model: nn.Module, folder: Path, stored: torch.dtype, dtype: torch.dtype | None,
+              device: torch.device | str) -> nn.Module:
+    """A model whose tensors, of type `stored`, were filled in from a folder, as it is handed out: named after the
+    folder, with its generation settings, in the type and on the device asked for."""
+    from transformers import GenerationConfig
+
     model.config._name_or_path = model.name_or_path = str(folder)
     with contextlib.suppress(OSError):  # optional
-        from transformers import GenerationConfig
-
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     if dtype is not None and dtype != stored:
         model = cast_(model, dtype)
-    return model.to(device).eval(), load_tokenizer(folder), found["record"]
+    return model.to(device).eval()
 
 
 def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:

@@ -223,6 +223,18 @@ MEMORY = (
 )
 
 
+def set_of(method: str):
+    """--set KEY=VALUE, any option of `method`, as the help calls it."""
+    return click.option(
+        "--set",
+        "extra",
+        type=Pair(),
+        multiple=True,
+        metavar="KEY=VALUE",
+        help=f"Any option of {method} (`ptq ls methods` names them); may be repeated.",
+    )
+
+
 def options(*groups):
     """Several groups of options on one command, in the order given."""
 
@@ -261,14 +273,7 @@ def commands():
 @click.option("--method", required=True, metavar="METHOD", help="A name of `ptq ls methods`, or TRANSFORM+ROUNDING.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the quantized model.")
 @options(SCHEME, CALIBRATION, PLUGIN)
-@click.option(
-    "--set",
-    "extra",
-    type=Pair(),
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any option of the method (`ptq ls methods` names them); may be repeated.",
-)
+@set_of("the method")
 @click.option("--metric", help="cka-hybrid: what chooses, see `ptq ls metrics`.  [cka]")
 @click.option("--pool", type=Words(), help="cka-hybrid: the methods to choose from.  [gptq,awq,smoothquant]")
 @click.option("--block", type=WHOLE, help="cka-hybrid: layers that share a choice.  [1]")
@@ -977,14 +982,7 @@ def check(method, checks, as_json, junit):
 @click.option("--against-baseline", metavar="NAME|FILE", help="Instead: today's code against `ptq baseline save`.")
 @click.option("--model", type=Words(), metavar="MODEL", help="A name of `ptq ls models`, a folder, or an id of the hub.")
 @options(MEASURING, SCHEME, CALIBRATION, PLUGIN)
-@click.option(
-    "--set",
-    "extra",
-    type=Pair(),
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Any option of METHOD (`ptq ls methods` names them); may be repeated.",
-)
+@set_of("METHOD")
 @click.option(
     "--margin-ppl",
     type=float,

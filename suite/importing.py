@@ -6,7 +6,6 @@ that another tool made is evaluated by the same arithmetic as the suite's own, a
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,7 +46,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None,
 
     >>> model, tokenizer, record = load("checkpoint-of-llm-compressor")  # doctest: +SKIP
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     folder = Path(folder).expanduser()
@@ -70,12 +69,7 @@ def load(folder: str | Path, dtype: torch.dtype | None = None,
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:
         raise PTQError(f"checkpoint {str(folder)!r} does not fit together, so it is corrupt or of a kind that is not "
                        f"read ({type(error).__name__}: {error}): make it again") from None
-    model.config._name_or_path = model.name_or_path = str(folder)
-    with contextlib.suppress(OSError):  # optional
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    if dtype is not None and dtype != stored:
-        model = checkpoint.cast_(model, dtype)
-    return model.to(device).eval(), checkpoint.load_tokenizer(folder), read_record(folder)
+    return checkpoint.finished_(model, folder, stored, dtype, device), checkpoint.load_tokenizer(folder), read_record(folder)
 
 
 def read_record(folder: str | Path) -> dict:

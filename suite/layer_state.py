@@ -20,6 +20,12 @@ def spec_as_json(spec: QuantSpec | None) -> dict | None:
     return None if spec is None else {"bits": spec.bits, "symmetric": spec.symmetric, "group_size": spec.group_size}
 
 
+def grids(module: nn.Module) -> dict[str, dict]:
+    """{"weight", "act"} of every quantized linear inside a module, by its name there."""
+    return {name: {"weight": spec_as_json(getattr(linear, "spec", None)), "act": spec_as_json(linear.act)}
+            for name, linear in module.named_modules() if isinstance(linear, (QuantLinear, RoundedLinear))}
+
+
 def compact(leaf: str, tensor: Tensor) -> Tensor:
     """Scales in bfloat16 and zero points in int8 where that loses nothing."""
     if leaf not in ("scale", "zero"):
@@ -33,15 +39,13 @@ def take(layer: nn.Module) -> dict[str, Any]:
 
     Names are those inside the layer.
     """
-    linears = {name: {"weight": spec_as_json(getattr(module, "spec", None)), "act": spec_as_json(module.act)}
-               for name, module in layer.named_modules() if isinstance(module, (QuantLinear, RoundedLinear))}
     tensors = {}
     for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
         parent, _, leaf = name.rpartition(".")
         quantized = isinstance(layer.get_submodule(parent), QuantLinear)
         if not (quantized and leaf == "weight"):  # which is decoded from the codes
             tensors[name] = (compact(leaf, tensor) if quantized else tensor).detach().cpu()
-    return {"linears": linears, "tensors": tensors}
+    return {"linears": grids(layer), "tensors": tensors}
 
 
 @torch.no_grad()

@@ -82,3 +82,19 @@ def toy_folder(tmp_path_factory):
 def toy_qwen_folder(tmp_path_factory):
     """A saved toy Qwen2 (tied, biased) with the tokenizer. Shared: tests only read it."""
     return toys.save_toy(tmp_path_factory.mktemp("models") / "toy-qwen", "qwen")
+
+
+@pytest.fixture
+def ptq(capsys, monkeypatch, tmp_path):
+    """Runs a command line in an empty folder: (status, stdout, stderr)."""
+    from suite import cli
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return exit_.value.code, out, err
+
+    return run

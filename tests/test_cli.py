@@ -41,20 +41,6 @@ COMMANDS = [
 ]
 
 
-@pytest.fixture
-def ptq(capsys, monkeypatch, tmp_path):
-    """Runs a command line in an empty folder: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return run
-
-
 def ptq_process(*arguments, cwd, **environment):
     """The same in a process of its own."""
     return subprocess.run(

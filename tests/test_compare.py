@@ -8,7 +8,7 @@ from pathlib import Path
 import fake_records as fake
 import pytest
 
-from suite import baseline, cli, compare, experiments, method, plugins, provenance
+from suite import baseline, compare, experiments, method, plugins, provenance
 from suite.errors import PTQError
 from suite.report import verdicts
 from suite.report.comparison import Match, judge
@@ -282,19 +282,11 @@ def test_a_label_gives_its_method_back(made):
 
 
 @pytest.fixture
-def ptq(capsys, monkeypatch, tmp_path):
-    """Runs a command line: (status, stdout, stderr). Plug-ins are forgotten afterwards."""
+def ptq(ptq, monkeypatch):
+    """The command line of conftest.py; plug-ins are forgotten afterwards."""
     monkeypatch.setattr(method, "_ADDED", {})
     monkeypatch.setattr(plugins, "_LOADED", {})
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return exit_.value.code, out, err
-
-    return run
+    return ptq
 
 
 EXAMPLE, BROKEN = ROOT / "examples" / "range_search.py", ROOT / "examples" / "range_search_broken.py"
