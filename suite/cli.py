@@ -223,6 +223,10 @@ MEMORY = (
 )
 
 
+CODE = click.option("--allow-code-execution", is_flag=True,
+                    help="Let tasks such as humaneval run the model's programs, in a sandbox.")
+
+
 def set_of(method: str):
     """--set KEY=VALUE, any option of `method`, as the help calls it."""
     return click.option(
@@ -669,8 +673,7 @@ def lm_eval(arguments):
 @click.option("--revision", help="Of a model of the hub.")
 @click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task.  [all; --fast: 64]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with local copies of the hub's data sets.")
-@click.option("--allow-code-execution", is_flag=True,
-              help="Let tasks such as humaneval run the model's programs, in a sandbox.")
+@CODE
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
 @click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]")
 @click.option(
@@ -827,13 +830,16 @@ def report(model, results):
     "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
 )
 @click.option("--tasks", type=Words(), help="Those that the experiments' words stand for.  [as in reproduce]")
+@CODE
 @options(CALIBRATION[:-1])
 @click.option("--workers", type=WHOLE, help="Measured at the same time.  [one a core; 1 for a large model]")
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
 @click.option("--revision", help="Of a model of the hub.")
-def ablate(models, experiments, fast, tasks, calib, nsamples, seqlen, seed, workers, results, revision):
+def ablate(
+    models, experiments, fast, tasks, allow_code_execution, calib, nsamples, seqlen, seed, workers, results, revision
+):
     """Run the ablations: every table and figure of the paper, the controls, and what lies beyond it.
 
     Each experiment is a YAML file: a grid of configurations and how to show it. What the results folder has is taken
@@ -844,6 +850,7 @@ def ablate(models, experiments, fast, tasks, calib, nsamples, seqlen, seed, work
       ptq ablate tiny-llama-s --fast
       ptq ablate tiny-llama-s tiny-llama-m tiny-qwen-s tiny-qwen-m
       ptq ablate tiny-qwen-s@outliers=16 --experiments metric,search,statistics
+      ptq ablate tiny-llama-s --experiments accuracy --allow-code-execution
       ptq ablate tiny-llama-s --experiments my-grid.yaml
       ptq ablate ./my-model --tasks world_wiki_ppl,world_math --calib my-text.txt
     """
@@ -857,7 +864,7 @@ def ablate(models, experiments, fast, tasks, calib, nsamples, seqlen, seed, work
     with Progress("ablate") as progress:
         done = run.ablate(models, wanted, root=results, fast=fast, seed=seed, workers=workers, progress=progress,
                           revision=revision, tasks=tasks, calib_source=calib, nsamples=nsamples, seqlen=seqlen,
-                          whole=not experiments)
+                          allow_code_execution=allow_code_execution, announce=note, whole=not experiments)
     if not experiments:
         from suite import report as reports
         from suite.store import Store

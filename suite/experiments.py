@@ -175,23 +175,24 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
                    fewshot=fewshot, allow_eval_calibration=allow_eval_calibration,
                    allow_code_execution=allow_code_execution, fresh=fresh, revision=revision, device=device,
                    dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
-    if planned.jobs and not planned.jobs[0].small:
-        announced = _preflight(planned, models.resolve(model, revision).fetched(), store)
-        if announce:
-            announce(f"{planned.outcome.model} {announced.told()}, for each variant; evaluation comes on top")
+    check_memory(planned.jobs, models.resolve(model, revision), store, announce)
     run(planned.jobs, workers, progress, runner)
     return planned.outcome
 
 
-def _preflight(planned: Planned, source: models.Source, store: Store) -> preflight.Plan:
-    """What the largest of the quantizations takes. Raises PTQError if it does not fit: to be evaluated, a model has to
-    stand in memory as a whole."""
-    job = planned.jobs[0]
-    data = [job.variant.diagnosed_on for job in planned.jobs if job.variant.diagnosed_on is not None]
+def check_memory(jobs: Sequence[Job], source: models.Source, store: Store,
+                 announce: Callable[[str], None] | None = None) -> None:
+    """Announces what the hungriest of the quantizations of a large model takes. Raises PTQError if it does not fit: to be
+    evaluated, a model has to stand in memory as a whole."""
+    if not jobs or jobs[0].small:
+        return
+    data = [job.variant.diagnosed_on for job in jobs if job.variant.diagnosed_on is not None]
     count, length = max((tuple(one.tokens.shape) for one in data), default=(0, 0))
-    hungriest = max((job.variant.method for job in planned.jobs), key=preflight.candidates)
-    return preflight.quantization(source, hungriest, count, length, store.root, torch.device(job.device),
-                                  models.parse_dtype(job.dtype), load="whole")
+    hungriest = max((job.variant.method for job in jobs), key=preflight.candidates)
+    needed = preflight.quantization(source.fetched(), hungriest, count, length, store.root, torch.device(jobs[0].device),
+                                    models.parse_dtype(jobs[0].dtype), load="whole")
+    if announce:
+        announce(f"{source.name} {needed.told()}, for each variant; evaluation comes on top")
 
 
 @dataclass(frozen=True, eq=False)

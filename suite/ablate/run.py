@@ -84,14 +84,15 @@ class _Bench:
 def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fast: bool = False, seed: int = 0,
            workers: int | None = None, progress: experiments.Progress | None = None,
            runner: Callable[..., Any] | None = None, revision: str | None = None, whole: bool = True,
-           **given: Any) -> Ablated:
+           announce: Callable[[str], None] | None = None, **given: Any) -> Ablated:
     """Runs experiments on models, reusing what the store has.
 
     whole: all of the main table too; without, only what of it the experiments show.
     fast: FAST_LIMIT documents and windows a task, FAST_SAMPLES calibration sequences. given: further arguments of
-    `experiments.plan` (calib_source, nsamples, seqlen, limit, device, ...).
+    `experiments.plan` (calib_source, nsamples, seqlen, limit, device, ...). announce: is told what the runs of a large
+    model will need, before they start.
 
-    Raises PTQError before any work, as `experiments.plan` does.
+    Raises PTQError before any work, as `experiments.reproduce` does.
 
     >>> ablate(["tiny-llama-s"], plan.load(["pool"]), root="results", fast=True)  # doctest: +SKIP
     """
@@ -119,6 +120,9 @@ def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fas
     studied = _studies(benches, wanted, shelf)
     first = [job for job, one in later.values() if not _narrow(one.variant.method)]
     second = {key: (job, one) for key, (job, one) in later.items() if _narrow(one.variant.method)}
+    for bench in benches:
+        mine = [job for job in (*jobs.values(), *(job for job, _ in later.values())) if job.model == bench.model]
+        experiments.check_memory(mine, bench.source, open_store, announce)
     todo = [*jobs.values(), *first, *(job for job, *_ in studied if shelf.find(job.identity) is None)]
     done.measured += _do(todo, workers, progress, runner)
     rest, wide = [], {}
