@@ -19,7 +19,8 @@
 
 A row may have `uniform: true` (a baseline of the column `recovered`), `calibration: {nsamples: 16}`, and `schemes`,
 `tasks` and `layers` of its own. `repeat` varies one option, or the calibration's seed, and the row shows the mean.
-`small` holds options of a study for models of at most four layers, which are cheap enough for more.
+`small` holds options of a study for models of at most four layers, which are cheap enough for more; `quick` those of a
+first look (--fast), which takes a study at its first scheme only.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ FIGURES = ("choices_by_depth", "candidates", "statistics", "error_growth", "pare
 STUDIES = ("exhaustive", "swaps", "degradation", "reconstruction", "statistics", "cost")
 CALIBRATION = ("seed", "nsamples", "seqlen")
 _KEYS = {"title": str, "table": int, "says": str, "tasks": (str, list), "schemes": list, "against": str, "rows": list,
-         "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "layers": list,
+         "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "quick": dict,
+         "layers": list,
          "large": (str, list)}
 _ROW_KEYS = {"name": str, "method": str, "options": dict, "repeat": dict, "best_of": list, "uniform": bool,
              "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list)}
@@ -104,6 +106,7 @@ class Experiment:
     study: str = ""
     options: Mapping[str, Any] = field(default_factory=dict)
     small: Mapping[str, Any] = field(default_factory=dict)  # options of a study on models of few layers
+    quick: Mapping[str, Any] = field(default_factory=dict)  # and of a first look
     note: str = ""
     layers: tuple[int, int] | None = None
     large: str | tuple[str, ...] = ""  # tasks of models of more layers
@@ -112,8 +115,8 @@ class Experiment:
         """The tasks of a row on a model of so many layers."""
         return row.tasks or (self.large if self.large and layers > SMALL_LAYERS else self.tasks)
 
-    def study_options(self, layers: int) -> dict[str, Any]:
-        return {**self.options, **(self.small if layers <= SMALL_LAYERS else {})}
+    def study_options(self, layers: int, fast: bool = False) -> dict[str, Any]:
+        return {**self.options, **(self.small if layers <= SMALL_LAYERS else {}), **(self.quick if fast else {})}
 
     def fits(self, layers: int) -> bool:
         return self.layers is None or self.layers[0] <= layers <= self.layers[1]
@@ -174,7 +177,7 @@ def parse(name: str, text: str) -> Experiment:
                 raise unknown(f"word in {key} of {where}", str(word), allowed)
     if "study" in content and content["study"] not in STUDIES:
         raise unknown(f"study of {where}", content["study"], STUDIES)
-    plain = {key: content[key] for key in ("title", "table", "says", "study", "options", "small", "note")
+    plain = {key: content[key] for key in ("title", "table", "says", "study", "options", "small", "quick", "note")
              if key in content}
     plain |= {key: tuple(content[key]) for key in ("schemes", "columns", "figures", "layers") if key in content}
     plain |= {key: _tasks(content[key], where) for key in ("tasks", "large") if key in content}

@@ -329,13 +329,13 @@ def _studies(benches: Sequence[_Bench], wanted: Sequence[Experiment], store: Sto
             continue
         for bench in benches:
             if experiment.fits(bench.layers):
-                for scheme in experiment.schemes:
+                for scheme in experiment.schemes[:1] if bench.given["fast"] else experiment.schemes:
                     found.append((_study(bench, experiment, scheme, store), experiment, bench))
     return found
 
 
 def _study(bench: _Bench, experiment: Experiment, scheme: Mapping[str, Any], store: Store) -> studies.StudyJob:
-    options = {**scheme, **experiment.study_options(bench.layers)}
+    options = {**scheme, **experiment.study_options(bench.layers, bench.given["fast"])}
     if options.get("accuracy") is True:
         options["accuracy"] = bench.accuracy
     setting, given = bench.main.outcome.setting, bench.given
