@@ -880,7 +880,7 @@ def ablate(
 @commands.command()
 @click.argument("model")
 @click.option("--abits", type=Words(), default="4,8", show_default=True, help="Bits of the activations.")
-@click.option("--wbits", type=int, default=4, show_default=True, help="Bits of the weights.")
+@click.option("--wbits", type=int, default=4, show_default=True, help="Bits of the weights; 16: not rounded.")
 @click.option("--seeds", type=Words(), default="0,1,2", show_default=True, help="Of calibration and rotations.")
 @click.option(
     "--variant",
@@ -889,11 +889,14 @@ def ablate(
     show_default=True,
     help="had: Hadamard transforms at run time too.",
 )
+@click.option("--steps", type=WHOLE, help="Of the learning.  [100]")
+@click.option("--batch", type=WHOLE, help="Sequences that a step sees.  [8; embedded models: 1]")
+@click.option("--learning-rate", type=float, help="Of the first step.  [1.5; embedded models: 30]")
 @click.option("--workers", type=WHOLE, default=1, show_default=True, help="Variants measured at the same time.")
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
-def rotations(model, abits, wbits, seeds, variant, workers, results):
+def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, workers, results):
     """Measure whether learning SpinQuant's rotations helps, and write the table spinquant.md.
 
     Learned, random-Hadamard, Hadamard and no rotation, at each number of bits and seed. Only what is missing in the
@@ -903,6 +906,7 @@ def rotations(model, abits, wbits, seeds, variant, workers, results):
     Examples:
       ptq rotations tiny-llama-s
       ptq rotations tiny-qwen-m --abits 4 --seeds 0,1
+      ptq rotations tiny-llama-s --wbits 16 --abits 4 --batch 4
     """
     for option, words in {"--abits": abits, "--seeds": seeds}.items():
         if bad := next((word for word in words if not word.isdigit()), None):
@@ -915,7 +919,9 @@ def rotations(model, abits, wbits, seeds, variant, workers, results):
     from suite.store import Store
 
     store, bits, numbers = Store(results), [int(word) for word in abits], [int(word) for word in seeds]
-    given = dict(wbits=wbits, variant=variant, store=store, workers=workers)
+    learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    learning = {name: value for name, value in learning.items() if value is not None}
+    given = dict(wbits=wbits, variant=variant, learning=learning, store=store, workers=workers)
     with Progress(f"{model} rotations") as progress:
         outcomes = experiments.rotation_sweep(model, bits, numbers, progress=progress, **given)
     note(outcomes[0].note)

@@ -323,18 +323,19 @@ def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[in
     """The runs behind the table "does learning the rotation help": SpinQuant's rotations at each scheme and seed.
 
     A seed is that of the calibration sequences and of the rotations. learning: options of SpinQuant for "learned"
-    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. arguments: as
-    `reproduce` takes them. `suite.report.rotations.write` makes the table.
+    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. wbits: 16 shows what the
+    rounding of activations alone costs. arguments: as `reproduce` takes them. `suite.report.rotations.write` makes the
+    table.
     """
-    if learning is None and models.resolve(model).kind == "embedded":
-        learning = EMBEDDED_OPTIONS["spinquant"]
+    usual = EMBEDDED_OPTIONS["spinquant"] if models.resolve(model).kind == "embedded" else {}
+    learning = {**usual, **(learning or {})}
     outcomes = []
     for bits in abits:
         for seed in seeds:
             scheme = {"wbits": wbits, "abits": bits}
             made = []
             for rotation in rotations:
-                further = learning or {} if rotation == "learned" else {}
+                further = learning if rotation == "learned" else {}
                 options = {"rotation": rotation, "variant": variant, "rotation_seed": seed, **scheme, **further}
                 made.append(method.build("spinquant", **options))
             outcomes.append(reproduce(model, ["fp16", *made], tasks, options=scheme, seed=seed, **arguments))

@@ -76,7 +76,7 @@ def test_the_table_compares_seed_by_seed(swept):
     assert float(learned["difference_error"]) == pytest.approx(0.01 / math.sqrt(3))
     assert rows["W4A4 g128", "random-hadamard"]["difference_mean"] == ""
     assert float(rows["W4A8 g128", "none"]["difference_mean"]) == pytest.approx(0.1)
-    assert "Full precision: 9.000" in text and "-0.190 ± 0.006" in text and "learned (100 x 8, rate 1.5)" in text
+    assert "Full precision: 9.0000" in text and "-0.1900 ± 0.0058" in text and "learned (100 x 8, rate 1.5)" in text
 
 
 def test_two_ways_of_learning_are_two_rows(swept):
@@ -101,6 +101,9 @@ def test_the_command_writes_the_table(tmp_path, toy_folder, monkeypatch, capsys)
     assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "Does learning the rotation help?" in out and "9 results measured" in out
+    with pytest.raises(SystemExit) as ended:
+        cli.main([*command, "--seeds", "0", "--steps", "30", "--batch", "4", "--learning-rate", "5"])
+    assert ended.value.code == 0 and "learned (30 x 4, rate 5)" in capsys.readouterr().out
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--seeds", "0,-1"])
     assert ended.value.code == 2 and "--seeds: '-1'" in capsys.readouterr().err

@@ -138,13 +138,13 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
         "sd",
         f"Δ {CONTROL}",
     ]
-    reference = f" Full precision: {full:.3f}." if full is not None else ""
+    reference = f" Full precision: {full:.4f}." if full is not None else ""
     return (
         f"# Does learning the rotation help? {data.title_of(model)}\n\n"
         f"{data.heading(task)} perplexity after each rotation and GPTQ.{reference} "
         f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
         f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
-        f'"none" is GPTQ without a rotation.\n\n'
+        f'"none" is GPTQ without a rotation. W16 leaves the weights as they are: there GPTQ has nothing to do.\n\n'
         + tabulate(
             cells,
             headings,
@@ -157,11 +157,11 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
+    return "" if value is None else f"{value:.4f}"
 
 
 def _difference(row: Mapping[str, Any]) -> str:
     if row["difference_mean"] is None:
         return ""
     error = row["difference_error"]
-    return f"{row['difference_mean']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{row['difference_mean']:+.4f}" + ("" if error is None else f" ± {error:.4f}")
