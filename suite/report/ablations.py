@@ -196,8 +196,8 @@ def number(experiment: Any) -> str:
 
 def _limited(sheets: Sequence[Sheet]) -> str:
     limit = sheets[0].limit if sheets else None
-    return (f"\n**LIMITED to the first {limit} documents or windows of each task: a quick look, not for citing.**\n"
-            if limit else "")
+    return (f"\n**LIMITED to the first {limit} documents or windows of each task: a quick look, not for citing.** With --fast, "
+            f"calibration has a quarter of the sequences that a row names.\n" if limit else "")
 
 
 def markdown(experiment: Any, sheets: Sequence[Sheet], pictures: Sequence[str] = (), extra: str = "") -> str:

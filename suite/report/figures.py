@@ -93,8 +93,9 @@ def candidates(sheet: Sheet, name: str) -> Figure | None:
     line = sheet.line(name)
     if line is None or not any(layer.get("candidates") for layer in line.repeats[0].layers):
         return None
-    comparison = _adapted(sheet, [line])
-    return plots.candidates(comparison, data.Row(f"the hybrid {name}", line.repeats[0].quantization))
+    figure = plots.candidates(_adapted(sheet, [line]), data.Row(name, line.repeats[0].quantization))
+    figure.axes[0].set_title(f"{_title(sheet)}\n1 − CKA of each candidate; framed: the choice of “{name}”", fontsize=9)
+    return figure
 
 
 def error_growth(sheet: Sheet) -> Figure | None:
@@ -215,20 +216,21 @@ def sensitivity(sheets: Sequence[Sheet]) -> Figure | None:
 
 
 def pareto(sheets: Sequence[Sheet]) -> Figure | None:
-    """Perplexity against effective bits, activations of 8 bits, one panel per model; a line joins a method's bits."""
+    """Perplexity above full precision against effective bits, both of 8-bit activations, one panel per model; a line joins
+    a method's bits. On a logarithmic axis, where 4 bits would otherwise be one spot."""
     points: dict[str, dict[str, dict[float, float]]] = {}
-    full: dict[str, float] = {}
     task = ""
     for sheet in sheets:
         if "A8" not in sheet.scheme:
             continue
         task = sheet.of_kind("perplexity")[0]
-        full[sheet.model] = sheet.full.value(task)
+        full = sheet.full.value(task)
         for line in sheet.lines:
             name = _family(line.name)
             value = line.value(task)
-            if name is not None and line.bits is not None and line.bits < 16 and value is not None:
-                points.setdefault(sheet.model, {}).setdefault(name, {})[round(line.bits, 3)] = value
+            known = full is not None and value is not None and line.bits is not None
+            if name is not None and known and line.bits < 16 and value > full:
+                points.setdefault(sheet.model, {}).setdefault(name, {})[round(line.bits, 3)] = value - full
     points = {model: found for model, found in points.items()
               if len({bits for line in found.values() for bits in line}) > 1}
     if not points:
@@ -238,15 +240,9 @@ def pareto(sheets: Sequence[Sheet]) -> Figure | None:
         for panel, (model, lines) in zip(axes, points.items(), strict=True):
             for name in _ordered(list(lines)):
                 plots._line(panel, name, sorted(lines[name].items()))
-            if full[model] is not None:
-                panel.axhline(full[model], color="black", linewidth=0.8, linestyle=(0, (1, 1)))
-                panel.annotate("full precision", (0.02, full[model]), xycoords=("axes fraction", "data"), fontsize=7,
-                               va="bottom")
-            values = [v for line in lines.values() for v in line.values()]
             panel.set_yscale("log")
-            _few_ticks(panel, [*values, full[model] or min(values)])
             panel.set(xlabel="effective bits per weight")
-            panel.set_ylabel(f"{data.heading(task)} perplexity", fontsize=8)
+            panel.set_ylabel(f"{data.heading(task)} perplexity above full precision", fontsize=8)
             panel.set_title(_short(model), fontsize=9)
         shown = {label: handle for panel in axes for handle, label in zip(*panel.get_legend_handles_labels())}
         figure.legend(shown.values(), shown.keys(), loc="outside lower center", ncols=4, handlelength=3.4)
