@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from suite import experiments, zoo
-from suite.report import data, tables
+from suite.report import data, rotations, tables
 from suite.store import Store
 
 REFERENCE = Path(__file__).resolve().parents[1] / "results"
@@ -30,3 +30,15 @@ def test_committed_tables_are_what_the_records_say(folder):
     drawn = {setting.stem: tables.markdown(data.compare(store, setting)) for setting in data.settings(store, model)}
     for file in (REFERENCE / folder).glob("W*.md"):
         assert file.read_text() == drawn[file.stem]
+
+
+@pytest.mark.parametrize("file", sorted(REFERENCE.glob("*/spinquant.md")), ids=lambda path: path.parent.name)
+def test_the_rotations_are_what_the_records_say(file):
+    store = Store(REFERENCE)
+    model = next(name for name in store.models() if store.folder(name) == file.parent)
+    rows = rotations.table(store, model)
+    full = rotations.full_precision(store, model, "world_wiki_ppl")
+    assert file.read_text() == rotations.markdown(rows, model, "world_wiki_ppl", full)
+    whole = {(row["scheme"], row["rotation"]) for row in rows if None not in (row["seed_0"], row["seed_1"], row["seed_2"])}
+    usual = {(f"W4A{bits} g128", rotation) for bits in (4, 8) for rotation in experiments.ROTATIONS}
+    assert whole >= (usual if "planted" not in file.parent.name else set())
