@@ -121,7 +121,7 @@ def token_windows(text: str, tokenizer, window: int, max_windows: int | None = N
     >>> windows.tokens.shape, windows.predicted           # doctest: +SKIP
     (torch.Size([78, 512]), 39858)
     """
-    ids = tokenizer(_not_empty(text, name), add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    ids = _ids(_not_empty(text, name), tokenizer, special_tokens)
     used = len(ids) if max_tokens is None else min(len(ids), max_tokens)
     count = used // window if max_windows is None else min(used // window, max_windows)
     if count < 1:
@@ -131,6 +131,24 @@ def token_windows(text: str, tokenizer, window: int, max_windows: int | None = N
     bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
     tokens = torch.tensor(ids[:count * window], dtype=torch.long).reshape(count, window)  # (w, N)
     return Windows(tokens, len(ids), bos, special_tokens, text_digest(text))
+
+
+_TOKENIZED: dict[tuple[str, str, bool], list[int]] = {}  # the last texts, by their digest and the tokenizer's
+_TEXTS = 8
+
+
+def _ids(text: str, tokenizer, special_tokens: bool) -> list[int]:
+    """The token ids of a text. Kept for the next model: the variants of a table all read the same few texts, and on small
+    models that takes as long as the model itself."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    key = text_digest(text), text_digest(backend.to_str()), special_tokens
+    if key not in _TOKENIZED:
+        while len(_TOKENIZED) >= _TEXTS:
+            _TOKENIZED.pop(next(iter(_TOKENIZED)))
+        _TOKENIZED[key] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    return _TOKENIZED[key]
 
 
 def batch_of(window: int, vocabulary: int) -> int:

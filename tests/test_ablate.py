@@ -348,11 +348,11 @@ def test_statistics_see_the_planted_channels(probe):
 
 @pytest.mark.slow
 def test_all_experiments_end_to_end(tmp_path, toy_text_file):
-    """Every experiment of the suite on a toy of four layers: measured, drawn, and found again."""
-    folder = toys.save_toy(tmp_path / "toy", layers=4)
+    """Every experiment of the suite on a toy of two layers: measured, drawn, and found again."""
+    folder = toys.save_toy(tmp_path / "toy", layers=2)
     wanted = plan.load()
     given = dict(root=tmp_path / "results", calib_source=str(toy_text_file), nsamples=2, seqlen=64, limit=2, workers=1,
-                 tasks=("world_wiki_ppl", "world_events"), whole=False)
+                 fast=True, tasks=("world_wiki_ppl", "world_events"), whole=False)
     done = run.ablate([str(folder)], wanted, **given)
     paths = book.write(done, wanted, tmp_path / "results")
     assert {path.stem for path in paths if path.suffix == ".md"} == {*plan.names(), "paper"}

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from suite import windows
 from suite.errors import PTQError
@@ -64,6 +65,26 @@ def test_fewer_windows(toy_tokenizer, toy_text):
     assert windows.token_windows(toy_text, toy_tokenizer, 64, max_tokens=200).count == 3
     with pytest.raises(PTQError, match="--max-tokens leaves 63"):
         windows.token_windows(toy_text, toy_tokenizer, 64, max_tokens=63)
+
+
+def test_a_text_is_tokenized_once_for_equal_tokenizers_and_anew_for_another(toy_folder, toy_tokenizer, toy_text, monkeypatch):
+    text, calls = toy_text[:2500], []
+    monkeypatch.setattr(windows, "_TOKENIZED", {})
+    other = AutoTokenizer.from_pretrained(toy_folder)
+    plain = type(other).__call__
+    monkeypatch.setattr(type(other), "__call__", lambda self, *a, **k: calls.append(self) or plain(self, *a, **k))
+    first, again = (windows.token_windows(text, tokenizer, 32).tokens for tokenizer in (other, toy_tokenizer))
+    assert len(calls) == 1 and torch.equal(first, again)
+    bare = windows.token_windows(text, other, 32, special_tokens=False).tokens
+    assert len(calls) == 2
+    other.add_tokens([text[:6]])
+    changed = windows.token_windows(text, other, 32).tokens
+    assert len(calls) == 3 and not torch.equal(changed[0], first[0])
+    assert torch.equal(bare, torch.tensor(plain(toy_tokenizer, text, add_special_tokens=False)["input_ids"])
+                       [:bare.numel()].reshape(bare.shape))
+    for start in range(12):
+        windows.token_windows(text[start:], other, 32)
+    assert len(windows._TOKENIZED) == windows._TEXTS
 
 
 def test_window_size():
