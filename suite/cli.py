@@ -843,7 +843,8 @@ def ablate(
     """Run the ablations: every table and figure of the paper, the controls, and what lies beyond it.
 
     Each experiment is a YAML file: a grid of configurations and how to show it. What the results folder has is taken
-    from there; after an interruption the same command continues. Pages are written to RESULTS/ablations/.
+    from there; after an interruption the same command continues. Pages are written to RESULTS/ablations/, those of
+    models with planted outliers alone to RESULTS/ablations-planted/.
 
     \b
     Examples:

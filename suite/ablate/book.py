@@ -13,26 +13,38 @@ from suite.store import Store, write_bytes
 
 
 def write(done: Ablated, experiments: Sequence[Experiment], root: Path | str) -> list[Path]:
-    """Writes all pages; returns their paths, Markdown first. Runs of limited documents go to a folder of their own."""
-    folder = Path(root) / (SHELF if done.limit is None else f"{SHELF}-limit{done.limit}")
-    content: dict[str, bytes] = {}
+    """Writes all pages; returns their paths, Markdown first.
+
+    Runs of limited documents go to a folder of their own, and so do those of planted models only: they say nothing of
+    any real one.
+    """
+    planted = "-planted" if all(data.planted(model)[1] is not None for model in done.models) else ""
+    folder = Path(root) / (f"{SHELF}{planted}" + ("" if done.limit is None else f"-limit{done.limit}"))
+    found = content(done, experiments, root)
+    for name, text in found.items():
+        write_bytes(folder / name, text)
+    return [folder / name for name in sorted(found, key=lambda name: (not name.endswith(".md"), name))]
+
+
+def content(done: Ablated, experiments: Sequence[Experiment], root: Path | str,
+            drawn: Callable[..., dict[str, bytes]] = plots.files) -> dict[str, bytes]:
+    """{file name: content} of all pages. drawn: (figure, stem) -> its files."""
+    found: dict[str, bytes] = {}
     choices = greedy(done)
     for experiment in experiments:
         pictures: dict[str, bytes] = {}
         for word in experiment.figures:
             for stem, figure in _FIGURES[word](done, experiment, choices).items():
                 if figure is not None:
-                    pictures |= plots.files(figure, f"{experiment.name}-{stem}")
+                    pictures |= drawn(figure, f"{experiment.name}-{stem}")
         if experiment.study and done.studies.get(experiment.name):
-            content |= studies.files(experiment, done.studies[experiment.name], choices, done.sheets, pictures)
+            found |= studies.files(experiment, done.studies[experiment.name], choices, done.sheets, pictures)
         elif done.sheets.get(experiment.name):
-            content |= ablations.files(experiment, done.sheets[experiment.name], pictures)
+            found |= ablations.files(experiment, done.sheets[experiment.name], pictures)
     if done.sheets.get("perplexity"):
-        content |= paper.files(Store(root), [sheet for name in ("perplexity", "low-bits") for sheet in
-                                             done.sheets.get(name, ())])
-    for name, text in content.items():
-        write_bytes(folder / name, text)
-    return [folder / name for name in sorted(content, key=lambda name: (not name.endswith(".md"), name))]
+        found |= paper.files(Store(root), [sheet for name in ("perplexity", "low-bits") for sheet in
+                                           done.sheets.get(name, ())])
+    return found
 
 
 def greedy(done: Ablated) -> dict[tuple[str, str], list[str]]:
