@@ -228,6 +228,9 @@ def _column_notes(experiment: Any, sheets: Sequence[Sheet]) -> list[str]:
     if followed:
         told.append(f"Not run but concluded from a wider search, whose scores show that this one chooses the same, "
                     f"for at least one model: {', '.join(sorted(followed))}.")
+    if "seconds" in experiment.columns:
+        told.append("Seconds: of the quantization, by the wall clock, with whatever ran beside it; `cost` compares processor "
+                    "seconds.")
     if experiment.note:
         told.append(" ".join(experiment.note.split()))
     return told
