@@ -1,9 +1,9 @@
 """Quantizes a model with llm-compressor by a recipe and the token ids given. Runs in the environment of `make peers`.
 
-    .venv-peers/bin/python peers/oneshot.py MODEL TOKENS.json RECIPE.yaml OUT [--shuffle SEED] [--form pack-quantized]
+    .venv-peers/bin/python peers/oneshot.py MODEL TOKENS.json RECIPE.yaml OUT [--form pack-quantized]
 
-TOKENS.json is a list of sequences of token ids. Without --shuffle they are taken in their order; with it in an order
-drawn from the seed, as the tool by itself draws one anew each time.
+TOKENS.json is a list of sequences of token ids, taken in their order: the tool by itself draws another order each time.
+The number type is the one the model is stored in.
 """
 
 import argparse
@@ -24,19 +24,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("model", "tokens", "recipe", "out"):
         parser.add_argument(name)
-    parser.add_argument("--shuffle", type=int, metavar="SEED")
     parser.add_argument("--form", default="pack-quantized")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    torch.manual_seed(given.shuffle or 0)
+    torch.manual_seed(0)
     with open(given.tokens) as file:
         sequences = json.load(file)
     data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in sequences])
-    model = AutoModelForCausalLM.from_pretrained(given.model)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=given.recipe, pipeline="sequential",
-            max_seq_length=len(sequences[0]), num_calibration_samples=len(sequences),
-            shuffle_calibration_samples=given.shuffle is not None)
+            max_seq_length=len(sequences[0]), num_calibration_samples=len(sequences), shuffle_calibration_samples=False)
     model.save_pretrained(given.out, save_compressed=True, quantization_format=given.form)
     tokenizer.save_pretrained(given.out)
 

@@ -58,8 +58,8 @@ def _facts(model: Mapping, method: Mapping, record: Mapping, groups: Sequence[An
 
 def _table(measured: Sequence[Mapping[str, Any]] | None) -> list[str]:
     if not measured:
-        return ["Nothing was on record when this was written. Perplexities and accuracies of the same model come from",
-                "`ptq reproduce`; `ptq export --results FOLDER` puts them here."]
+        return ["Nothing was measured of this model, or nothing was on record when this was written. `ptq reproduce` measures,",
+                "and `ptq export --results FOLDER` puts here what is in that folder."]
     rows = [f"| {row['task']} | {row['metric']} | {row['full'] or ''} | {row['value']} |" for row in measured]
     return ["| task | metric | full precision | this model |", "|---|---|---|---|", *rows]
 
@@ -76,29 +76,38 @@ def _layers(layers: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def measured(store: Store, record: Mapping[str, Any]) -> list[dict[str, str]]:
+def measured(store: Store, record: Mapping[str, Any], checkpoint: str | None = None) -> list[dict[str, str]]:
     """What a results folder holds of a quantized model and of its original: rows for `text`, perplexities first.
 
-    Of the same model, method, options and calibration tokens; whole tasks only, none cut short by a limit.
+    Of the same model, method, options and calibration tokens; or, by its digest, of the `checkpoint` itself, which
+    `ptq reproduce --checkpoint` measures. Whole tasks only, none cut short by a limit, none on the calibration's own text.
     """
-    if not record.get("model"):
-        return []
-    wanted = (record["method"], record["scheme"], record["mode"], _tokens(record.get("calibration")))
-    found, full = {}, {}
-    for other in store.records(record["model"]["name"], "evaluation"):
-        identity = other.identity
-        if identity["model"]["digest"] != record["model"]["digest"] or identity["task"]["limit"] is not None:
+    found: dict[str, Any] = {}
+    full: dict[tuple[str, str], Any] = {}
+    for other in store.records((record.get("model") or {}).get("name"), "evaluation"):
+        identity, task = other.identity, other.identity["task"]["name"]
+        if identity["task"]["limit"] is not None or other.result.get("calibrated_on_this_text"):
             continue
-        task = identity["task"]["name"]
         if identity["scheme"] is None:
-            full[task] = other
-        # A method that needs no data has no calibration in its records of evaluations.
-        elif (identity["method"], identity["scheme"], identity["mode"]) == wanted[:3] and (
-                _tokens(identity["calibration"]) in (None, wanted[3])) and "kvbits" not in identity:
+            full[identity["model"]["digest"], task] = other
+        elif checkpoint and identity["method"]["options"].get("checkpoint") == checkpoint or _made(identity, record):
             found[task] = other
-    rows = [{"task": task, "metric": other.result["headline"].partition(",")[0], "value": _value(other),
-             "full": _value(full[task]) if task in full else ""} for task, other in found.items()]
+    rows = []
+    for task, other in found.items():
+        original = full.get((other.identity["model"]["digest"], task))
+        rows.append({"task": task, "metric": other.result["headline"].partition(",")[0], "value": _value(other),
+                     "full": _value(original) if original else ""})
     return sorted(rows, key=lambda row: (row["metric"] != "perplexity", row["task"]))
+
+
+def _made(identity: Mapping[str, Any], record: Mapping[str, Any]) -> bool:
+    """Whether an evaluation is of a model that was quantized as a record tells."""
+    if not record.get("model") or identity["model"]["digest"] != record["model"]["digest"] or "kvbits" in identity:
+        return False
+    same = all(identity.get(key) == record.get(key) for key in ("method", "scheme", "mode", "plugins"))
+    # A method that needs no data has no calibration in its records of evaluations; older folders do not tell their type.
+    return (same and identity["dtype"] == record.get("dtype", identity["dtype"])
+            and _tokens(identity["calibration"]) in (None, _tokens(record.get("calibration"))))
 
 
 def _tokens(calibration: Mapping[str, Any] | None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,40 @@ from suite.store import Record, Store, significant
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 
 
-def measure(store: Store, outcome: Outcome, model: str, rows: Mapping[str, str | Path], fresh: bool = False) -> Outcome:
-    """Evaluates checkpoints on the tasks of a comparison and stores what the store lacks; the outcome with those rows.
-
-    model: the full-precision model that was compared; rows: label -> folder, of the compressed-tensors format or of
-    `ptq quantize`. A label may not be that of a method of the comparison. The record tells the checkpoint's digest; its
-    calibration is unknown, so it stands in every table that shares the rest.
-
-    Raises PTQError: a folder that is no quantized model; one of another architecture, or of a scheme that is not the
-    comparison's; a label in use.
-
-    >>> measure(store, outcome, "tiny-llama-s", {"peer-gptq": "/tmp/peer"})  # doctest: +SKIP
-    """
-    for label in rows:
-        if label in (*outcome.methods, *method.names()):
-            raise PTQError(f"checkpoint label {label!r} is a method's name: give another")
-    setting, tests = outcome.setting, Tasks(outcome.tasks, outcome.setting.limit, outcome.setting.fewshot)
-    measured, found = outcome.measured, outcome.found
-    base = models.read_json(models.resolve(model).fetched().folder / "config.json")
+def check(model: str, rows: Mapping[str, str | Path], methods: Sequence[str] = ()) -> None:
+    """Raises PTQError for rows that `measure` could not take, before any work: a label that names a method (of
+    `methods`, or any registered one), a folder that is no quantized model, or one of another architecture than `model`."""
+    base = models.read_json(models.resolve(model).fetched().folder / "config.json") if rows else {}
     for label, folder in rows.items():
+        if label in (*methods, *method.names()):
+            raise PTQError(f"checkpoint label {label!r} is a method's name: give another")
         source = models.resolve(str(folder))
         if source.kind != "quantized":
             raise PTQError(f"checkpoint {str(folder)!r} is not quantized: give a checkpoint, or a method's name")
-        _check_shape(source.folder, base, model)
+        config = models.read_json(source.folder / "config.json")
+        for key in _SHAPE:
+            if config.get(key) != base.get(key):
+                raise PTQError(f"checkpoint {str(folder)!r} has {key} {config.get(key)!r}, {model!r} has {base.get(key)!r}: "
+                               f"give a checkpoint of that model")
+
+
+def measure(store: Store, outcome: Outcome, model: str, rows: Mapping[str, str | Path], fresh: bool = False,
+            allow_code_execution: bool = False) -> Outcome:
+    """Evaluates checkpoints on the tasks of a comparison and stores what the store lacks; the outcome with those rows.
+
+    model: the full-precision model that is compared; rows: label -> folder, of the compressed-tensors format or of
+    `ptq quantize`. The record tells the checkpoint's digest; its calibration is unknown, so it stands in every table
+    that shares the rest. fresh: measure again; allow_code_execution: of the outcome's tasks.
+
+    Raises PTQError: as `check`; a checkpoint of a scheme that is not the comparison's.
+
+    >>> measure(store, outcome, "tiny-llama-s", {"peer-gptq": "/tmp/peer"})  # doctest: +SKIP
+    """
+    check(model, rows, outcome.methods)
+    setting = outcome.setting
+    tests = Tasks(outcome.tasks, setting.limit, setting.fewshot, allow_code_execution=allow_code_execution)
+    measured, found, evaluations = outcome.measured, outcome.found, dict(outcome.evaluations)
+    for label, folder in rows.items():
         digest = models.identify(str(folder))["digest"]
         loaded: Any = None
         for task in outcome.tasks:
@@ -49,6 +60,7 @@ def measure(store: Store, outcome: Outcome, model: str, rows: Mapping[str, str |
                         "method": {"method": label, "options": {"checkpoint": digest}}, "mode": setting.mode,
                         "calibration": None, "input_policy": None, "dtype": setting.dtype, "seed": None,
                         "numerics": NUMERICS, "libraries": dict(setting.libraries), "task": tests.identity(task)}
+            evaluations[label, task] = identity
             if not fresh and store.find(identity) is not None:
                 found += 1
                 continue
@@ -60,15 +72,7 @@ def measure(store: Store, outcome: Outcome, model: str, rows: Mapping[str, str |
                 result = outcome_of(task, evaluate_quietly(harness, tests, task))
             store.put(Record(identity, significant({**result, "label": label}), provenance(meter)))
             measured += 1
-    return replace(outcome, methods=(*outcome.methods, *rows), measured=measured, found=found)
-
-
-def _check_shape(folder: Path, base: Mapping[str, Any], model: str) -> None:
-    config = models.read_json(folder / "config.json")
-    for key in _SHAPE:
-        if config.get(key) != base.get(key):
-            raise PTQError(f"checkpoint {str(folder)!r} has {key} {config.get(key)!r}, {model!r} has {base.get(key)!r}: "
-                           f"give a checkpoint of that model")
+    return replace(outcome, methods=(*outcome.methods, *rows), measured=measured, found=found, evaluations=evaluations)
 
 
 def _check_scheme(model: Any, wanted: str, folder: str | Path) -> None:

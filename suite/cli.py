@@ -161,6 +161,30 @@ class Pair(click.ParamType):
         return key.replace("-", "_"), text
 
 
+class Row(click.ParamType):
+    """LABEL=FOLDER, a checkpoint as a row of a table."""
+
+    name = "label=folder"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        label, equals, folder = value.partition("=")
+        if not label or not folder:
+            option = param.opts[0]
+            raise PTQError(f"{option} {value!r}: write {option} LABEL=FOLDER, e.g. {option} theirs=/tmp/theirs")
+        return label, folder
+
+
+def rows_of(checkpoints: tuple[tuple[str, str], ...]) -> dict[str, str]:
+    """label -> folder. Raises PTQError for a label that stands for two."""
+    rows = dict(checkpoints)
+    if len(rows) < len(checkpoints):
+        labels = [label for label, _ in checkpoints]
+        raise PTQError(f"--checkpoint has {max(labels, key=labels.count)} twice: give each checkpoint a label of its own")
+    return rows
+
+
 WHOLE = click.IntRange(min=1)
 SCHEME = (
     click.option("--wbits", type=int, help="Bits of the weights: 2 to 8, or 16 for none.  [4]"),
@@ -192,6 +216,12 @@ CALIBRATION = (
         show_default=True,
         help="matched: one setting for all methods. native: each method's own published setting.",
     ),
+)
+
+
+CHECKPOINTS = (
+    click.option("--checkpoint", "checkpoints", type=Row(), multiple=True, metavar="LABEL=FOLDER",
+                 help="A checkpoint of llm-compressor or `ptq export` as one more row; may be repeated."),
 )
 
 
@@ -287,6 +317,8 @@ def commands():
 @options(MEMORY)
 @click.option("--export", "export_to", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Write the model for inference engines too, as `ptq export` does.")
+@click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True,
+              help="With --export: where the numbers of the model card are looked up.")
 @click.option("--overwrite", is_flag=True, help="Replace a quantized model in --out.")
 def quantize(
     model,
@@ -313,6 +345,7 @@ def quantize(
     device,
     dtype,
     export_to,
+    results,
     overwrite,
 ):
     """Quantize a model and write it to a folder that the other commands take as a model.
@@ -394,13 +427,13 @@ def quantize(
         "scheme": str(configured.scheme),
         "mode": mode,
         "calibration": sequences.identity,
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
         **({"plugins": code} if (code := plugins.code_of(to_config(configured))) else {}),
     }
     whole = {
         **made,
         "kvbits": kvbits,
         "inputs": published.inputs,
-        "dtype": str(loaded.model.dtype),
         "device": loaded.model.device.type,
         "versions": {package: version(package) for package in ("ptq-suite", "torch", "transformers")},
     }
@@ -425,7 +458,7 @@ def quantize(
         record = {**made, "layers": layers, "memory": planned.against(meter.sofar, before)}
         checkpoint.save(loaded.model, loaded.tokenizer, out, record, overwrite, states)
     if export_to is not None:
-        export.export(out, export_to, overwrite=overwrite)
+        export.export(out, export_to, overwrite=overwrite, measured=numbers(results, record))
 
     weights = sum(layer["weights"] for layer in layers)
     bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
@@ -533,13 +566,19 @@ def export(model, out, form, results, overwrite):
     if source.kind != "quantized":
         raise PTQError(f"model {model!r} is not quantized: `ptq quantize --model {model} --export FOLDER` does both")
 
-    from suite import card, export
-    from suite.store import Store
+    from suite import export
 
-    record = models.record_of(source)
-    rows = card.measured(Store(results), record) if results.is_dir() else None
+    rows = numbers(results, models.record_of(source), models.identify(model)["digest"])
     export.export(source.folder, out, form, overwrite, rows)
     click.echo(str(out))
+
+
+def numbers(results, record, checkpoint=None):
+    """The rows of the model card that a results folder, if there is one, has: see `suite.card.measured`."""
+    from suite import card
+    from suite.store import Store
+
+    return card.measured(Store(results), record, checkpoint) if results.is_dir() else []
 
 
 def choose_threads(model: Any) -> None:
@@ -681,8 +720,7 @@ def lm_eval(arguments):
     is_flag=True,
     help="Allow calibration on the text that is evaluated; such numbers are marked.",
 )
-@click.option("--checkpoint", "checkpoints", type=Pair(), multiple=True, metavar="LABEL=FOLDER",
-              help="A checkpoint of another tool as one more row; may be repeated.")
+@options(CHECKPOINTS)
 def reproduce(
     model,
     methods,
@@ -736,6 +774,13 @@ def reproduce(
     from suite.store import Store
 
     hub.use_data_dir(data_dir)
+    rows = rows_of(checkpoints)
+    if rows:
+        from suite import checkpoints as others
+
+        if steps:
+            raise PTQError("--checkpoint has no effect with --severities, which makes other models: leave one out")
+        others.check(model, rows)
     store = Store(results)
     given = dict(
         store=store,
@@ -762,10 +807,8 @@ def reproduce(
             )
         else:
             outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
-            if checkpoints:
-                from suite.checkpoints import measure
-
-                outcomes = [measure(store, outcomes[0], model, dict(checkpoints), fresh)]
+            if rows:
+                outcomes = [others.measure(store, outcomes[0], model, rows, fresh, allow_code_execution)]
     for outcome in outcomes:
         note(outcome.note)
         # A sweep is drawn as one figure; `ptq report` makes the tables of its severities from their records.
@@ -995,7 +1038,7 @@ def check(method, checks, as_json, junit):
 @click.option("--against", type=Words(), help="The methods to compare with: names, or TRANSFORM+ROUNDING.")
 @click.option("--against-baseline", metavar="NAME|FILE", help="Instead: today's code against `ptq baseline save`.")
 @click.option("--model", type=Words(), metavar="MODEL", help="A name of `ptq ls models`, a folder, or an id of the hub.")
-@options(MEASURING, SCHEME, CALIBRATION, PLUGIN)
+@options(CHECKPOINTS, MEASURING, SCHEME, CALIBRATION, PLUGIN)
 @set_of("METHOD")
 @click.option(
     "--margin-ppl",
@@ -1021,6 +1064,8 @@ def compare(context, method, against, against_baseline, model, margin_ppl, margi
     exact test for right and wrong answers, else the paired t test), and corrected by Holm's rule over all of them; one
     inside the noise floor, which other calibration seeds and batch sizes make, is never called better or worse.
 
+    A checkpoint stands beside the methods of --against; without METHOD the first one is judged itself.
+
     With --against-baseline: today's code against frozen results, of METHOD or of all methods in it.
 
     Exit status, for CI: 1 if any verdict is worse, 2 on an error, else 0.
@@ -1030,6 +1075,7 @@ def compare(context, method, against, against_baseline, model, margin_ppl, margi
       ptq compare my_method --plugin my_method.py --against gptq,cka-hybrid --model tiny-llama-m
       ptq compare awq+gptq --against gptq --model tiny-llama-s --tasks world_wiki_ppl --margin-ppl 0.5
       ptq compare gptq --set act_order=true --against rtn --model tiny-qwen-s --fast --json
+      ptq compare --checkpoint theirs=/tmp/theirs --against gptq,cka-hybrid --model tiny-llama-s
       ptq compare --against-baseline embedded --model tiny-llama-s --junit gate.xml
       ptq compare gptq --against-baseline results/baselines/embedded.json
     """
@@ -1076,7 +1122,9 @@ def _against_methods(comparing, method, against, model, rules, given):
     from suite.method import build, lookup
     from suite.progress import Progress
 
-    for what, value, example in (("METHOD", method, "ptq compare my_method"), ("--against", against, "--against gptq"),
+    rows = rows_of(given["checkpoints"])
+    for what, value, example in (("METHOD", method or rows, "ptq compare my_method"),
+                                 ("--against", against or (method and rows), "--against gptq"),
                                  ("--model", model, "--model tiny-llama-s")):
         if not value:
             raise PTQError(f"{what} is missing: e.g. {example}; or give --against-baseline")
@@ -1085,11 +1133,13 @@ def _against_methods(comparing, method, against, model, rules, given):
     arguments = _measuring(given)
     candidate = method
     if given["extra"]:
+        if not method:
+            raise PTQError("--set is for METHOD, which is missing: leave --set out, or name a method")
         quantizes = lookup(method.split("+")[0])().scheme.weight.quantized
         candidate = build(method, **(arguments["options"] if quantizes else {}), **dict(given["extra"]))
-    with Progress(f"{method} on {model[0]}") as progress:
-        return comparing.compare(model[0], candidate, against, given["tasks"], rules=rules, repeats=given["repeats"],
-                                 progress=progress, **arguments)
+    with Progress(f"{method or next(iter(rows))} on {model[0]}") as progress:
+        return comparing.compare(model[0], candidate, against or (), given["tasks"], checkpoint_rows=rows, rules=rules,
+                                 repeats=given["repeats"], progress=progress, **arguments)
 
 
 def _against_baseline(comparing, name, model, method, rules, given):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suite import baseline as references
-from suite import calib, experiments, method, models
+from suite import calib, checkpoints, experiments, method, models
 from suite.baseline import Baseline, Entry, Run
 from suite.errors import PTQError, unknown
 from suite.provenance import code, version
@@ -30,33 +30,45 @@ Floors = Mapping[tuple[str, str], float | None]  # (label, task) -> units of the
 Progress = Callable[[int, int, str], None]
 
 
-def compare(model: str, candidate: Any, against: Sequence[Any], tasks: Sequence[str] | None = None, *, store: Store,
-            rules: Rules = RULES, repeats: int = REPEATS, workers: int | None = 1, progress: Progress | None = None,
-            runner: Any = None, **arguments: Any) -> Comparison:
+def compare(model: str, candidate: Any, against: Sequence[Any] = (), tasks: Sequence[str] | None = None, *, store: Store,
+            checkpoint_rows: Mapping[str, str | Path] | None = None, rules: Rules = RULES, repeats: int = REPEATS,
+            workers: int | None = 1, progress: Progress | None = None, runner: Any = None, **arguments: Any) -> Comparison:
     """A method against others on one model, task by task.
 
-    candidate, against: names or configured methods. repeats: calibration seeds of the noise floor; 0: not measured.
-    workers, progress, runner, arguments: as `suite.experiments.reproduce` takes them.
+    candidate, against: names or configured methods. checkpoint_rows: label -> folder of checkpoints that stand beside
+    them, see `suite.checkpoints.measure`: against the candidate, or with candidate None the first as the candidate.
+    repeats: calibration seeds of the noise floor; 0: not measured. workers, progress, runner, arguments: as
+    `suite.experiments.reproduce` takes them.
 
-    Raises PTQError as `reproduce` and `suite.report.comparison.judge` do.
+    Raises PTQError as `reproduce`, `suite.checkpoints.measure` and `suite.report.comparison.judge` do.
 
     >>> compare("tiny-llama-s", "my_method", ["gptq"], store=Store("runs")).status  # doctest: +SKIP
     0
+    >>> compare("tiny-llama-s", None, ["gptq"], store=Store("runs"), checkpoint_rows={"peer": "/tmp/peer"})  # doctest: +SKIP
     """
-    if not against:
+    rows = dict(checkpoint_rows or {})
+    methods = [*([candidate] if candidate is not None else []), *against]
+    if not methods or len(methods) + len(rows) < 2:
         raise PTQError("nothing to compare with: name at least one method, e.g. --against gptq")
-    methods = [candidate, *against]
+    checkpoints.check(model, rows)
     measured = Measured(model, methods, tasks, store, repeats, arguments)
+    outcome, own = measured.outcome, measured.outcome.methods
+    if rows:  # before the methods: a checkpoint of another scheme is told at once
+        outcome = checkpoints.measure(store, outcome, model, rows)
     experiments.run(measured.jobs, workers, progress, runner)
-    outcome, floors = measured.outcome, measured.floors()
-    first, *others = outcome.methods
+    floors = measured.floors()
+    first, *others = (*own, *rows) if candidate is not None else (*list(rows)[:1], *own, *list(rows)[1:])
     matches = []
     for other in others:
         for task in outcome.tasks:
             records = [store.find(outcome.evaluations[label, task]) for label in (first, other)]
+            noted = (*_noted(records[0]), *(_ONE_RUN.format(label) for label in (first, other) if label in rows))
             matches.append(Match(outcome.model, first, other, task, *records, _larger(floors, (first, other), task),
-                                 noted=_noted(records[0])))
+                                 noted=noted))
     return judge(f"{first} on {outcome.model}", _setting(outcome), matches, rules)
+
+
+_ONE_RUN = "checkpoint {} is one run, so the noise floor is that of the methods beside it"
 
 
 class Measured:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import fake_records as fake
 import pytest
 import torch
 import toys
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from suite import calib, card, checkpoint, cli, export, importing, kv, method, models, recipe, walk
 from suite.errors import PTQError
 from suite.linear import QuantLinear
+from suite.store import Store
 
 TOKENS = torch.randint(0, toys.VOCABULARY, (2, 48), generator=torch.Generator().manual_seed(5))
 CALIBRATION = calib.from_tokens(torch.randint(0, toys.VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(6)))
@@ -205,7 +207,46 @@ def test_card_tells_how_it_was_made():
     for part in ("cka-hybrid", "pool=", "4 x 64 tokens of text.txt, seed 7", "cd34", "| 0 | awq | 4.125 | 2.500e-01 |",
                  "| world_wiki_ppl | perplexity | 5.0000 | 5.1000 |"):
         assert part in text
-    assert "Nothing was on record" in card.text(toys.make_toy().config, {}, [], [])
+    assert "Nothing was measured" in card.text(toys.make_toy().config, {}, [], [])
+
+
+def test_what_is_on_record_of_a_model(tmp_path):
+    """Found by all that decides a result, or by the checkpoint's own digest; whole tasks only."""
+    store, made = Store(tmp_path), fake.variant("gptq")
+    record = {key: made[key] for key in ("model", "method", "scheme", "mode", "calibration", "dtype")}
+    others = [dict(options={"damp": 0.1}), dict(model={"name": "toy", "digest": "another"}), dict(scheme="W3A8 g128"),
+              dict(dtype="bfloat16"), dict(mode="native"), dict(limit=8), dict(kvbits=4), dict(plugins={"gptq": "other"}),
+              dict(calibration={**fake.CALIBRATION, "digest": "cafe"})]
+    for other in others:
+        store.put(fake.evaluation("gptq", "world_wiki_ppl", 0.5, **other))
+    assert card.measured(store, record) == []
+    wiki = [fake.evaluation("fp16", "world_wiki_ppl"), fake.evaluation("gptq", "world_wiki_ppl", 0.1)]
+    for one in wiki:
+        store.put(one)
+    store.put(fake.evaluation("gptq", "world_math", 0.1))
+    first, second = card.measured(store, record)
+    values = [f"{one.result['metrics']['perplexity,none']['value']:.4f}" for one in wiki]
+    assert first == {"task": "world_wiki_ppl", "metric": "perplexity", "full": values[0], "value": values[1]}
+    assert second["task"] == "world_math" and second["full"] == "" and second["value"].endswith(" %")
+    store.put(fake.evaluation("theirs", "world_wiki_ppl", 0.2, options={"checkpoint": "d1"}, calibration=None))
+    assert card.measured(store, {}) == card.measured(store, {}, "d2") == []
+    (row,) = card.measured(store, {}, "d1")
+    assert row["full"] == values[0] < values[1] < row["value"]
+
+
+def test_the_card_of_an_export_holds_what_is_on_record(toy_folder, toy_text_file, tmp_path, capsys):
+    options = method.to_config(method.build("rtn"))["options"]
+    found = fake.evaluation("rtn", "world_wiki_ppl", 0.1, model=models.identify(str(toy_folder)), options=options)
+    Store(tmp_path / "results").put(found)
+    for name, results in (("told", tmp_path / "results"), ("untold", tmp_path / "none")):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["quantize", "--model", str(toy_folder), "--method", "rtn", "--calib", str(toy_text_file),
+                      "--nsamples", "2", "--seqlen", "64", "--out", str(tmp_path / f"{name}-q"),
+                      "--export", str(tmp_path / name), "--results", str(results)])
+        assert stopped.value.code == 0
+    row = f"| world_wiki_ppl | perplexity |  | {found.result['metrics']['perplexity,none']['value']:.4f} |"
+    assert row in (tmp_path / "told" / "README.md").read_text()
+    assert "Nothing was measured" in (tmp_path / "untold" / "README.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------- bad input
@@ -426,3 +467,28 @@ def test_a_checkpoint_is_a_row_of_the_table(toy_folder, source, exported, toy_te
                          ((f"x={exported}", "--wbits", "3"), "comparison at W3A8 g128")]:
         status, told = reproduce("--checkpoint", *more)
         assert status == 2 and reason in told.err
+
+
+def test_a_checkpoint_is_judged_against_methods(toy_folder, exported, toy_text_file, tmp_path, capsys):
+    """The export of rtn's model against rtn itself, and beside it a method that is judged against the checkpoint."""
+    def compare(*words):
+        with pytest.raises(SystemExit) as stopped:
+            cli.main(["compare", *words, "--model", str(toy_folder), "--tasks", "world_wiki_ppl", "--limit", "16",
+                      "--calib", str(toy_text_file), "--nsamples", "2", "--seqlen", "64", "--repeats", "0",
+                      "--workers", "1", "--results", str(tmp_path / "results")])
+        return stopped.value.code, capsys.readouterr()
+
+    status, told = compare("--checkpoint", f"my-peer={exported}", "--against", "rtn", "--json")
+    (line,) = json.loads(told.out)["comparisons"]
+    assert status == 0 and (line["method"], line["against"]) == ("my-peer", "rtn")
+    assert line["why"] == "identical" and line["score"] == line["other"]
+    assert "one run" in line["noted"][0]
+    status, told = compare("rtn", "--wbits", "2", "--checkpoint", f"my-peer={exported}")
+    assert status == 2 and "comparison at W2A8 g128" in told.err
+    for words, reason in [(("--checkpoint", f"a={exported}"), "--against is missing"),
+                          (("gptq", "--checkpoint", "theirs"), "LABEL=FOLDER"),
+                          (("--checkpoint", f"a={exported}", "--checkpoint", f"a={exported}", "--against", "rtn"), "a twice"),
+                          (("--checkpoint", f"a={exported}", "--against", "rtn", "--set", "damp=1"), "--set is for METHOD"),
+                          (("--checkpoint", f"gptq={exported}", "--against", "rtn"), "a method's name")]:
+        status, told = compare(*words)
+        assert status == 2 and reason in told.err and told.out == ""
