@@ -33,7 +33,9 @@ def main() -> None:
     data = Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in sequences])
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=given.recipe, pipeline="sequential",
+    # In the tool's own pipeline each modifier sees the data by itself. In "sequential" all see it at once, and GPTQ would
+    # sum over the inputs from before a fold.
+    oneshot(model=model, tokenizer=tokenizer, dataset=data, recipe=given.recipe, pipeline="independent",
             max_seq_length=len(sequences[0]), num_calibration_samples=len(sequences), shuffle_calibration_samples=False)
     model.save_pretrained(given.out, save_compressed=True, quantization_format=given.form)
     tokenizer.save_pretrained(given.out)

@@ -18,7 +18,8 @@ _FOLDS = ("awq", "smoothquant")
 _ROUNDS = ("rtn", "gptq")
 _HEADER = """\
 # What ptq-suite did, in the words of llm-compressor 0.14:
-#   oneshot(model=..., dataset=..., recipe="recipe.yaml", pipeline="sequential")
+#   oneshot(model=..., dataset=..., recipe="recipe.yaml")
+# (its pipeline "sequential" would collect GPTQ's statistics before a fold of the same layer is done).
 # AWQ's search for ranges has no counterpart there; a fold that shapes forbid (v_proj before a grouped o_proj) it skips.
 """
 
