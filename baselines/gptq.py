@@ -102,7 +102,9 @@ def solve(weight: Tensor, gram: Tensor, spec: QuantSpec, damp: float = 0.01, blo
     order = torch.argsort(h.diagonal(), descending=True, stable=True) if act_order else torch.arange(i, device=w.device)
     blocks = gram_blocks(h, spec) if clip else None  # (g, s, s)
     fixed = find_grid(w, spec, search_shrink(w, spec, blocks) if clip else 1.0) if static else None
-    factor, used = inverse_factor(h[order][:, order], damp)  # (i, i), upper
+    h = h[order][:, order]
+    factor, used = inverse_factor(h, damp)  # (i, i), upper
+    del h
 
     # a group must begin and end with a block, or hold whole blocks, so that its grid is found on up-to-date columns
     block_size = block_size if block_size % size == 0 or size % block_size == 0 else size
@@ -153,8 +155,11 @@ def inverse_factor(h: Tensor, damp: float) -> tuple[Tensor, float]:
         damped = h.clone()
         damped.diagonal().add_(damp * mean)
         factor, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each of these is as large as the Gram matrix
         if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+            inverse = torch.cholesky_inverse(factor)
+            del factor
+            inverse, failed = torch.linalg.cholesky_ex(inverse, upper=True)
             if not failed:
                 return inverse, damp
         if damp >= _MOST_DAMP:

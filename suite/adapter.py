@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import json
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,19 +28,22 @@ from typing import Any
 import lm_eval.filters
 import lm_eval.tasks
 import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from lm_eval.api.instance import Instance
 from lm_eval.api.task import Task
 from lm_eval.config.task import TaskConfig
 from lm_eval.models.huggingface import HFLM
 from torch import nn
 
-from suite import arch, checkpoint, hub, kv, models, paths, plugins, sandbox, walk, windows
+from suite import arch, checkpoint, hub, kv, models, paths, plugins, preflight, sandbox, trust, walk, windows
 from suite import calib as calibration
 from suite import method as methods
 from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS
 from suite.linear import QuantLinear
 from suite.progress import Progress
+from suite.provenance import several_processes
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +60,13 @@ _REFUSED = {
     "peft": "merge the adapter into the weights first", "delta": "apply the delta to the weights first",
     "autogptq": "pass a full-precision model and method=gptq",
     "gptqmodel": "pass a full-precision model and method=gptq",
-    "gguf_file": "only safetensors are read", "trust_remote_code": "no code of a model's own is run",
+    "gguf_file": "only safetensors are read",
     "use_fast_tokenizer": "the tokenizer is loaded as its folder says",
 }
 _HFLM_DEFAULTS = {name: p.default for name, p in inspect.signature(HFLM.__init__).parameters.items()
                   if name not in ("self", "pretrained") and p.kind is not p.VAR_KEYWORD}
-_OWN = ("pretrained", "method", "plugin", "calib", "kvbits", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration")
+_OWN = ("pretrained", "method", "plugin", "calib", "kvbits", "nsamples", "seqlen", "seed", "mode", "allow_eval_calibration",
+        "trust_remote_code", "allow_pickle")
 
 
 class PTQ(HFLM):
@@ -69,10 +77,14 @@ class PTQ(HFLM):
     the calibration text, by default the embedded one (for a model of the hub, WikiText-2's training text). mode:
     "matched", or "native" for the method's published setting.
     plugin: a file with a method of your own, see `suite.plugins.load`.
+    trust_remote_code, allow_pickle: run code that the model brings; read pickled weights where it has no safetensors.
     kvbits: 2 to 8 round the key-value cache, with or without a method.
     allow_eval_calibration: let a window task run on the very text the model was calibrated on; its result says so.
     batch_size: None or "auto" on a processor: as many sequences as keep it busy. Other arguments: `HFLM`'s, and the
     options of the method (wbits, abits, group_size, damp, ...).
+
+    Started in several processes (`accelerate launch`), each quantizes on a device of its own, which ends in the same model
+    everywhere, and answers its share of the requests.
 
     A name with a comma in it stands in quotes on lm-eval's command line: pretrained="tiny-llama-s@outliers=8,seed=1".
 
@@ -88,7 +100,7 @@ class PTQ(HFLM):
                  kvbits: int | None = None, allow_eval_calibration: bool = False, plugin: str | None = None,
                  batch_size: int | str | None = None,
                  device: str | None = None, dtype: str | torch.dtype | None = None, revision: str | None = None,
-                 tokenizer: Any = None, **arguments: Any):
+                 tokenizer: Any = None, trust_remote_code: bool = False, allow_pickle: bool = False, **arguments: Any):
         if plugin is not None:
             plugins.load(plugin)
         harness, options = _sort(method, arguments)
@@ -96,12 +108,18 @@ class PTQ(HFLM):
         calibrated = {"calib": calib, "nsamples": nsamples, "seqlen": seqlen, "seed": seed}
         if configured is None and (stray := [name for name, value in calibrated.items() if value is not None]):
             raise PTQError(f"{', '.join(stray)} without a method: name one (method=gptq), or leave them out")
+        team = _team()
         if isinstance(pretrained, str):
             if "@outliers=" in pretrained and "seed=" not in pretrained and seed is not None:
                 raise PTQError(f"seed={seed} beside {pretrained!r} may be meant for the outliers or for the "
                                f"calibration: write the outliers' own into the name, in quotes: "
                                f"pretrained=\"{pretrained},seed=0\",seed={seed}")
-            loaded = models.load(pretrained, dtype=dtype, device=_device(device), revision=revision)
+            with trust.given(trust_remote_code, allow_pickle):
+                if configured is not None:
+                    _check_memory(pretrained, revision, configured, published, calib, nsamples, seqlen,
+                                  _device(device) if team is None else team.device, dtype)
+                loaded = models.load(pretrained, dtype=dtype, device=_device(device) if team is None else team.device,
+                                     revision=revision)
         else:
             loaded = _given(pretrained, dtype, device)
         if loaded.note:
@@ -122,10 +140,9 @@ class PTQ(HFLM):
         if configured is not None and (configured.scheme.weight.quantized or configured.scheme.act is not None):
             if loaded.kind == "given":
                 model = copy.deepcopy(model)
-            source = calib or published.source or (HUB_SOURCE if loaded.kind == "hub" else calibration.EMBEDDED)
-            count, length = (published.nsamples, published.seqlen) if published.source else calibration.usual_size(source)
+            source, count, length = _sampling(calib, published, loaded.kind, nsamples)
             length = windows.fit(seqlen, windows.max_positions(model), length)
-            self.calibration = calibration.load(source, tokenizer, nsamples or count, length, seed or 0)
+            self.calibration = calibration.load(source, tokenizer, count, length, seed or 0)
             with Progress(f"{loaded.name} {method}") as line:
                 self.layers = walk.quantize_model(configured, model, self.calibration,
                                                   line.layers(model.config.num_hidden_layers), inputs=published.inputs)
@@ -139,10 +156,19 @@ class PTQ(HFLM):
         if arch.head(self.model).weight is not head:  # HFLM ties the head again where the configuration says so
             raise PTQError("lm-eval tied the head to the embedding again: the model's configuration must say "
                            "tie_word_embeddings=False once they differ")
+        if team is not None:
+            self._join(team)
         # Results carry this name, and the base model's own configuration stays as it is.
         self._config = copy.deepcopy(self._config)
         self._config._name_or_path = self.variant
         self.pretrained, self.revision = self.variant, revision or "main"
+
+    def _join(self, team: Accelerator) -> None:
+        """Takes part in an evaluation by several processes, which `HFLM` leaves out for a model that it is given."""
+        if self._configured is not None and len(set(gather_object([models.fingerprint(self.model)]))) > 1:
+            raise PTQError(f"the {team.num_processes} processes have not quantized to the same model, as on GPUs of several "
+                           f"kinds: quantize first, `ptq quantize ... --out FOLDER`, and evaluate with pretrained=FOLDER")
+        self.accelerator, self._rank, self._world_size = team, team.process_index, team.num_processes
 
     # ------------------------------------------------------------------ identity
 
@@ -191,7 +217,8 @@ class PTQ(HFLM):
         codes = sum(module.codes.numel() for module in self.model.modules() if isinstance(module, QuantLinear))
         return {"model_name": self.variant, "model_identity": self.model_identity(), "model_sha": self._digest,
                 "model_num_parameters": sum(p.numel() for p in self.model.parameters()) + codes,
-                "model_dtype": str(self.model.dtype), "model_revision": self.revision}
+                "model_dtype": str(self.model.dtype), "model_revision": self.revision,
+                **({"model_trusted": list(self._loaded.trusted)} if self._loaded.trusted else {})}
 
     def set_cache_hook(self, cache_hook: Any) -> None:
         """Lets lm-eval's `use_cache` work for one variant per file.
@@ -283,12 +310,42 @@ def _configured(method: str | None, mode: str, options: Mapping[str, Any]) -> tu
     return methods.build(method, **{**published.options, **options}), published
 
 
+def _sampling(calib: str | None, published: methods.Native, kind: str, nsamples: int | None) -> tuple[str, int, int]:
+    """(source, sequences, tokens of each) of the calibration set, before it is fitted to the model."""
+    source = calib or published.source or (HUB_SOURCE if kind == "hub" else calibration.EMBEDDED)
+    count, length = (published.nsamples, published.seqlen) if published.source else calibration.usual_size(source)
+    return source, nsamples or count, length
+
+
+def _check_memory(name: str, revision: str | None, configured: Any, published: methods.Native, calib: str | None,
+                  nsamples: int | None, seqlen: int | None, device: Any, dtype: Any) -> None:
+    """Tells what quantizing a large model takes. Raises PTQError if it does not fit: to be evaluated, it has to stand in
+    memory as a whole."""
+    source = models.resolve(name, revision).fetched()
+    config = preflight.config_of(source)
+    if source.kind == "quantized" or config.get("hidden_size", 0) < preflight.LARGE_WIDTH:
+        return
+    _, count, length = _sampling(calib, published, source.kind, nsamples)
+    length = windows.fit(seqlen, config.get("max_position_embeddings"), length)
+    needed = preflight.quantization(source, configured, count, length, None, models.device_of(device),
+                                    models.parse_dtype(dtype), load="evaluated")
+    log.warning("%s %s; evaluation comes on top", source.name, needed.told())
+
+
 def _device(device: str | None) -> str | None:
     """lm-eval's command line says cuda:0 where nothing was said; without a GPU that means the processor, as in HFLM."""
     if device is not None and str(device).startswith("cuda") and not torch.cuda.is_available():
         log.info("device %s is not there: using the processor", device)
         return "cpu"
     return device
+
+
+def _team() -> Accelerator | None:
+    """The processes that `accelerate launch` or torchrun has started, of which this is one; None for one alone."""
+    if not several_processes():
+        return None
+    patient = InitProcessGroupKwargs(timeout=timedelta(weeks=52))  # shares of unequal length wait for each other
+    return Accelerator(cpu=not torch.cuda.is_available(), kwargs_handlers=[patient])
 
 
 @contextlib.contextmanager
@@ -518,6 +575,37 @@ def _borrowed() -> list[str]:
     return [str(Path(lm_eval.tasks.__file__).parent / folder) for folder in BORROWED]
 
 
+def check_mentioned(names: Iterable[str], folders: Sequence[str | Path] = (), mine: Iterable[str] | None = None) -> None:
+    """Raises PTQError for a name that no task file of lm-eval's has in it, nor one of the folders: an answer in a second,
+    where the index of them all takes ten. What is no plain name (a pattern, a file) passes. mine: as for `unknown_task`."""
+    plain = [name for name in names if re.fullmatch(r"[\w.+-]+", name) and not Path(name).exists()]
+    for name in plain:
+        if not _mentioned(name, (str(Path(lm_eval.tasks.__file__).parent), *map(str, folders))):
+            raise unknown_task(name, mine)
+
+
+@functools.cache
+def _mentioned(name: str, folders: tuple[str, ...]) -> bool:
+    word = name.encode()
+    whole = re.compile(rb"(?<![\w-])" + re.escape(word) + rb"(?![\w-])")
+    for root in folders:
+        for folder, _, files in os.walk(root):
+            for file in files:
+                if file.endswith(".yaml"):
+                    with open(os.path.join(folder, file), "rb") as opened:
+                        text = opened.read()
+                    if word in text and whole.search(text):
+                        return True
+    return False
+
+
+def unknown_task(name: str, mine: Iterable[str] | None = None) -> PTQError:
+    """The error for a task that there is not. mine: the names to propose, by default those of the suite and the paper."""
+    if mine is None:
+        mine = {*ours(), *dict(members(task_manager(), "paper"))}
+    return unknown("task", name, [*mine, "a task of `ptq lm-eval ls tasks`"])
+
+
 def is_ours(manager: lm_eval.tasks.TaskManager, name: str) -> bool:
     """Whether a task or group is one of the suite's files."""
     path = manager.task_index[name].yaml_path if name in manager.task_index else None
@@ -637,8 +725,7 @@ def run_lm_eval(argv: Sequence[str]) -> None:
         except ValueError as error:
             message = str(error)
             if message.startswith("Tasks not found: "):
-                missing = message.removeprefix("Tasks not found: ")
-                raise unknown("task", missing, [*mine, "a task of `ptq lm-eval ls tasks`"]) from None
+                raise unknown_task(message.removeprefix("Tasks not found: "), mine) from None
             raise
         except OSError as error:
             if hub.is_fault(error):
@@ -694,6 +781,8 @@ def _indexing(args: Any, mine: Sequence[str], allowed: bool, confirmed: bool) ->
     theirs, asked = lm_eval.tasks.TaskManager, _asked(args)
     known = set(task_manager().all_tasks)
     whole = args.command not in ("run", "validate") or asked - known or getattr(args, "config", None)
+    if args.command == "run" and not getattr(args, "config", None):
+        check_mentioned(sorted(asked - known), getattr(args, "include_path", None) or (), mine)
 
     class Manager(theirs):
         def __init__(self, *positional: Any, **named: Any):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from suite import arch, select, walk
+from suite import arch, candidates, select, walk
 from suite.calib import Calibration
 from suite.method import build
 
@@ -92,14 +92,14 @@ def stages():
     from suite.method import lookup
 
     patches = [(walk.LayerView, "outputs", "passes (reference, candidates)"), (walk.LayerView, "_gather", "statistics pass"),
-               (select, "distances", "scoring")]
+               (candidates, "distances", "scoring")]
     patches += [(lookup(name), "quantize", f"{name}: search and rounding") for name in POOL]
     saved = [(owner, attribute, getattr(owner, attribute)) for owner, attribute, _ in patches]
     try:
         for owner, attribute, name in patches:
             setattr(owner, attribute, timed(name, getattr(owner, attribute)))
-        original = select.distances
-        select.distances = lambda reference: timed("scoring", original(reference))
+        original = candidates.distances
+        candidates.distances = lambda reference: timed("scoring", original(reference))
         yield spent
     finally:
         for owner, attribute, function in saved:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suite import arch, provenance
+from suite import arch, provenance, trust
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec, decode
 from suite.hadamard import Orthogonal
@@ -60,7 +60,8 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True,
+                                             trust_remote_code=trust.allows(trust.CODE))
     except Exception as error:  # the readers of its many formats raise what they like, bare Exception among it
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise PTQError(f"model folder {str(folder)!r} has no tokenizer that can be read "
@@ -150,6 +151,9 @@ def _write(model: nn.Module, tokenizer: Any, folder: Path, linears: dict[str, di
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if getattr(model.config, "auto_map", None):  # code of the model's own, without which it cannot be built
+        for path in Path(model.config._name_or_path).glob("*.py"):
+            shutil.copyfile(path, folder / path.name)
     tensors = {name: tensor.detach().cpu().clone() for name, tensor in _tensors(model)}
     for i, state in enumerate(layers or ()):
         tensors |= {f"{arch.family(model).layers}.{i}.{name}": tensor for name, tensor in state["tensors"].items()}
@@ -240,6 +244,7 @@ def identity(folder: str | Path) -> str:
     """The digest of a quantized model: sha256 over the checksum of its weights and the grids they are on."""
     found = read_record(folder)
     parts = [found[key] for key in ("sha256", "dtype", "linears", "online", "kv") if key in found]
+    parts += [[path.name, hashlib.sha256(path.read_bytes()).hexdigest()] for path in sorted(Path(folder).glob("*.py"))]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -258,10 +263,11 @@ def load(folder: str | Path, dtype: torch.dtype | None = None,
     found = read_record(folder)
     tensors = _read_weights(folder / WEIGHTS, found["sha256"])
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        own = trust.allows(trust.CODE)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=own)
         stored = getattr(torch, found["dtype"])
         with no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=stored)
+            model = AutoModelForCausalLM.from_config(config, dtype=stored, trust_remote_code=own)
         _add_(model, found)
         fill_(model, tensors, found["linears"], stored)
     except (OSError, ValueError, KeyError, RuntimeError, AttributeError, TypeError) as error:

@@ -242,7 +242,22 @@ def _with_plugins(function):
     )(loaded)
 
 
+def _with_trust(function):
+    """The options --trust-remote-code and --allow-pickle, in force during the command: no command sees them."""
+
+    @functools.wraps(function)
+    def trusting(*arguments, trust_remote_code, allow_pickle, **named):
+        from suite import trust
+
+        with trust.given(trust_remote_code, allow_pickle):
+            return function(*arguments, **named)
+
+    code = click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model brings.")
+    return code(click.option("--allow-pickle", is_flag=True, help="Read *.bin where a model has no safetensors.")(trusting))
+
+
 PLUGIN = (_with_plugins,)
+TRUST = (_with_trust,)
 MEMORY = (
     click.option("--load", type=Choice("auto", "whole", "layer"), default="auto", show_default=True,
                  help="layer: read the weights one decoder layer at a time."),
@@ -295,6 +310,11 @@ def commands():
 
     Every command has examples of its own: ptq COMMAND --help
     """
+    from suite.provenance import several_processes
+
+    if (count := several_processes()) and click.get_current_context().invoked_subcommand != "lm-eval":
+        raise PTQError(f"started in {count} processes (accelerate launch, torchrun): of all commands only `ptq lm-eval` shares "
+                       f"its work among them; start this one alone, with --devices for several GPUs")
 
 
 # ---------------------------------------------------------------------------------------------- quantize
@@ -314,7 +334,9 @@ def commands():
 @click.option("--rotation", help="spinquant: learned, random-hadamard, hadamard, random or none.  [learned]")
 @click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
 @click.option("--revision", help="Of a model of the hub.")
+@options(TRUST)
 @options(MEMORY)
+@click.option("--devices", type=Words(), help="cka-hybrid: GPUs that try its candidates side by side: all, or cuda:0,cuda:1.")
 @click.option("--export", "export_to", type=click.Path(path_type=Path), metavar="FOLDER",
               help="Write the model for inference engines too, as `ptq export` does.")
 @click.option("--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True,
@@ -344,6 +366,7 @@ def quantize(
     activations,
     device,
     dtype,
+    devices,
     export_to,
     results,
     overwrite,
@@ -363,6 +386,7 @@ def quantize(
       ptq quantize --model tiny-llama-s --method spinquant --abits 4 --kvbits 4 --variant had --out /tmp/spin
       ptq quantize --model tiny-llama-s --method my_method --plugin my_method.py --out /tmp/mine
       ptq quantize --model tiny-llama-s --method awq --out /tmp/awq --export /tmp/awq-packed
+      ptq quantize --model llama-3.2-1b --method cka-hybrid --devices all --out /tmp/hybrid
     """
     given = {
         "wbits": wbits,
@@ -399,16 +423,25 @@ def quantize(
         check_out(export_to, overwrite, export.RECORD)
 
     from suite import calib as calibration
-    from suite import checkpoint, depot, kv, models, plugins, resume, walk, windows
+    from suite import candidates, checkpoint, depot, kv, models, plugins, resume, walk, windows
     from suite.progress import Progress
     from suite.provenance import Meter, version
+
+    several = ()
+    if devices:
+        if device is not None:
+            raise PTQError("--device and --devices are both given: the first of --devices is the one of all else")
+        if len(getattr(configured, "pool", ())) < 2:
+            raise PTQError(f"--devices has no effect with method {method}, which has no candidates to try side by side: "
+                           f"give --device")
+        several = models.devices_of(devices)
 
     found = models.resolve(model, revision)
     if found.kind == "quantized":
         raise PTQError(f"model {model!r} is quantized already: give a full-precision model")
-    target, kept = models.device_of(device), models.parse_dtype(dtype)
+    target, kept = several[0] if several else models.device_of(device), models.parse_dtype(dtype)
     planned = planned_quantization(found.fetched(), configured, mode, calib, nsamples, seqlen, out, target, kept, load,
-                                   activations)
+                                   activations, len(several) or 1)
     before = Meter.memory()
     loaded = models.load(model, dtype=kept, device=target, revision=revision, by_layer=planned.run.by_layer)
     note(loaded.note)
@@ -428,6 +461,7 @@ def quantize(
         "mode": mode,
         "calibration": sequences.identity,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        **({"trusted": list(loaded.trusted)} if loaded.trusted else {}),
         **({"plugins": code} if (code := plugins.code_of(to_config(configured))) else {}),
     }
     whole = {
@@ -442,6 +476,7 @@ def quantize(
         Progress(f"{loaded.name} {method}") as progress,
         resume.into(partial, whole) as workspace,
         depot.of(planned.run.activations, partial.parent),
+        candidates.on(several),
         Meter() as meter,
     ):
         layers = walk.quantize_model(
@@ -469,7 +504,8 @@ def quantize(
     click.echo("\n".join(str(path) for path in (out, export_to) if path is not None))
 
 
-def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out, device, dtype, load, activations):
+def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out, device, dtype, load, activations,
+                         devices=1):
     """How a quantization will be done, announced if it takes long. Raises PTQError if it does not fit."""
     from suite import calib as calibration
     from suite import preflight, windows
@@ -480,7 +516,7 @@ def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out,
     count, length = (published.nsamples, published.seqlen) if published else calibration.usual_size(usual)
     positions = preflight.config_of(source).get("max_position_embeddings")
     plan = preflight.quantization(source, configured, nsamples or count, windows.fit(seqlen, positions, length), out,
-                                  device, dtype, load, activations)
+                                  device, dtype, load, activations, devices=devices)
     if plan.seconds > preflight.LONG or plan.run.by_layer:
         note(f"{source.name} {plan.told()}")
     return plan
@@ -489,8 +525,9 @@ def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out,
 @commands.command()
 @click.argument("model")
 @click.option("--method", metavar="METHOD", default="cka-hybrid", show_default=True, help="As for `ptq quantize`.")
-@options(SCHEME, CALIBRATION)
+@options(SCHEME, CALIBRATION, PLUGIN)
 @click.option("--revision", help="Of a model of the hub.")
+@options(TRUST)
 @options(MEMORY)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder whose disk will be used.  [.]")
 @click.option("--json", "as_json", is_flag=True, help="A JSON object.")
@@ -505,6 +542,7 @@ def plan(model, method, wbits, abits, group_size, kvbits, calib, nsamples, seqle
       ptq plan tiny-llama-m
       ptq plan llama-3-8b --method gptq --nsamples 128 --seqlen 2048
       ptq plan ./my-model --load layer --activations disk
+      ptq plan tiny-llama-s --plugin my_method.py --method my_method
     """
     from suite import models
     from suite.method import build
@@ -606,6 +644,7 @@ def note(text: str) -> None:
 @click.option("--window", type=int, help="Tokens per window.  [as many as the model takes, up to 2048]")
 @click.option("--max-tokens", type=WHOLE, help="Use only so many tokens of the text.  [all]")
 @click.option("--revision", help="Of a model of the hub.")
+@options(TRUST)
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, and nothing else there.")
 def ppl(model, text, window, max_tokens, revision, as_json):
     """Perplexity of a model on a text, as quantization papers measure it.
@@ -710,11 +749,13 @@ def lm_eval(arguments):
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
 @click.option("--revision", help="Of a model of the hub.")
+@options(TRUST)
 @click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task.  [all; --fast: 64]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with local copies of the hub's data sets.")
 @CODE
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
 @click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]")
+@click.option("--devices", type=Words(), help="GPUs that measure variants side by side: all, or cuda:0,cuda:1.  [one]")
 @click.option(
     "--allow-eval-calibration",
     is_flag=True,
@@ -743,6 +784,7 @@ def reproduce(
     allow_code_execution,
     fresh,
     workers,
+    devices,
     allow_eval_calibration,
     checkpoints,
 ):
@@ -769,7 +811,7 @@ def reproduce(
         if value is not None
     }
 
-    from suite import experiments, hub, report
+    from suite import experiments, hub, models, report
     from suite.progress import Progress
     from suite.store import Store
 
@@ -799,6 +841,7 @@ def reproduce(
         fresh=fresh,
         revision=revision,
         workers=workers,
+        devices=[str(one) for one in models.devices_of(devices)] if devices else (),
     )
     with Progress(model) as progress:
         if steps:
@@ -880,6 +923,7 @@ def report(model, results):
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
 @click.option("--revision", help="Of a model of the hub.")
+@options(TRUST)
 def ablate(
     models, experiments, fast, tasks, allow_code_execution, calib, nsamples, seqlen, seed, workers, results, revision
 ):
@@ -937,6 +981,7 @@ def ablate(
 @click.option("--batch", type=WHOLE, help="Sequences that a step sees.  [8; embedded models: 1]")
 @click.option("--learning-rate", type=float, help="Of the first step.  [1.5; embedded models: 30]")
 @click.option("--workers", type=WHOLE, default=1, show_default=True, help="Variants measured at the same time.")
+@options(TRUST)
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
@@ -965,7 +1010,9 @@ def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, 
     store, bits, numbers = Store(results), [int(word) for word in abits], [int(word) for word in seeds]
     learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
     learning = {name: value for name, value in learning.items() if value is not None}
-    given = dict(wbits=wbits, variant=variant, learning=learning, store=store, workers=workers)
+    announced: list[str] = []
+    given = dict(wbits=wbits, variant=variant, learning=learning, store=store, workers=workers,
+                 announce=lambda text: (None if announced else note(text), announced.append(text)))  # once for them all
     with Progress(f"{model} rotations") as progress:
         outcomes = experiments.rotation_sweep(model, bits, numbers, progress=progress, **given)
     note(outcomes[0].note)
@@ -999,6 +1046,7 @@ MEASURING = (
     ),
     click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]"),
     click.option("--revision", help="Of a model of the hub."),
+    *TRUST,
 )
 
 
@@ -1088,7 +1136,7 @@ def compare(context, method, against, against_baseline, model, margin_ppl, margi
         if against_baseline is not None:
             _refuse(context, "--against-baseline", {"calib", "tasks", "results", "workers", "margin_ppl", "margin_acc",
                                                     "level", "model", "method", "as_json", "junit", "against_baseline",
-                                                    "plugin"})
+                                                    "plugin", "trust_remote_code", "allow_pickle"})
             judged = _against_baseline(comparing, against_baseline, model, method, rules, given)
         else:
             judged = _against_methods(comparing, method, against, model, rules, given)
@@ -1139,7 +1187,7 @@ def _against_methods(comparing, method, against, model, rules, given):
         candidate = build(method, **(arguments["options"] if quantizes else {}), **dict(given["extra"]))
     with Progress(f"{method or next(iter(rows))} on {model[0]}") as progress:
         return comparing.compare(model[0], candidate, against or (), given["tasks"], checkpoint_rows=rows, rules=rules,
-                                 repeats=given["repeats"], progress=progress, **arguments)
+                                 repeats=given["repeats"], progress=progress, announce=note, **arguments)
 
 
 def _against_baseline(comparing, name, model, method, rules, given):
@@ -1153,7 +1201,7 @@ def _against_baseline(comparing, name, model, method, rules, given):
     with Progress(f"against baseline {reference.name}") as progress:
         return comparing.against_baseline(
             reference, model, [method] if method else None, given["tasks"], store=store, rules=rules,
-            calib_source=given["calib"], workers=given["workers"], progress=progress)
+            calib_source=given["calib"], workers=given["workers"], progress=progress, announce=note)
 
 
 def _report(path, content: bytes) -> None:
@@ -1214,7 +1262,8 @@ def save(name, model, methods, out, **given):
     path = out or arguments["store"].root / references.FOLDER / f"{name}.json"
     with Progress(f"baseline {name}") as progress:
         frozen = comparing.freeze(
-            name, model, methods, given["tasks"], repeats=given["repeats"], progress=progress, **arguments)
+            name, model, methods, given["tasks"], repeats=given["repeats"], progress=progress, announce=note,
+            **arguments)
     references.save(frozen, path)
     for run in frozen.runs:
         click.echo(f"{run.model}: {len(run.labels)} methods, {len(run.tasks)} tasks")

@@ -28,16 +28,18 @@ OTHER_BATCH = {"batch_size": 4, "batch_tokens": 2048}  # of evaluation and calib
 
 Floors = Mapping[tuple[str, str], float | None]  # (label, task) -> units of the score
 Progress = Callable[[int, int, str], None]
+Announce = Callable[[str], None]
 
 
 def compare(model: str, candidate: Any, against: Sequence[Any] = (), tasks: Sequence[str] | None = None, *, store: Store,
             checkpoint_rows: Mapping[str, str | Path] | None = None, rules: Rules = RULES, repeats: int = REPEATS,
-            workers: int | None = 1, progress: Progress | None = None, runner: Any = None, **arguments: Any) -> Comparison:
+            workers: int | None = 1, progress: Progress | None = None, runner: Any = None,
+            announce: Announce | None = None, **arguments: Any) -> Comparison:
     """A method against others on one model, task by task.
 
     candidate, against: names or configured methods. checkpoint_rows: label -> folder of checkpoints that stand beside
     them, see `suite.checkpoints.measure`: against the candidate, or with candidate None the first as the candidate.
-    repeats: calibration seeds of the noise floor; 0: not measured. workers, progress, runner, arguments: as
+    repeats: calibration seeds of the noise floor; 0: not measured. workers, progress, runner, announce, arguments: as
     `suite.experiments.reproduce` takes them.
 
     Raises PTQError as `reproduce`, `suite.checkpoints.measure` and `suite.report.comparison.judge` do.
@@ -55,7 +57,7 @@ def compare(model: str, candidate: Any, against: Sequence[Any] = (), tasks: Sequ
     outcome, own = measured.outcome, measured.outcome.methods
     if rows:  # before the methods: a checkpoint of another scheme is told at once
         outcome = checkpoints.measure(store, outcome, model, rows)
-    experiments.run(measured.jobs, workers, progress, runner)
+    measured.run(workers, progress, runner, announce)
     floors = measured.floors()
     first, *others = (*own, *rows) if candidate is not None else (*list(rows)[:1], *own, *list(rows)[1:])
     matches = []
@@ -83,6 +85,7 @@ class Measured:
             raise PTQError(f"repeats is {repeats}: allowed are whole numbers from 0; 0 leaves the noise floor unmeasured")
         planned = experiments.plan(model, methods, tasks, store=store, **arguments)
         self.model, self.outcome, self._store, self._repeats = model, planned.outcome, store, []
+        self._revision = arguments.get("revision")
         self.jobs = list(planned.jobs)
         configured = [variant.method for variant in planned.variants]
         calibrating = [variant.method for variant in planned.variants if variant.calibration is not None]
@@ -95,6 +98,12 @@ class Measured:
                                          **{**arguments, **changes})
                 self.jobs += again.jobs
                 self._repeats.append((where, again.outcome.evaluations))
+
+    def run(self, workers: int | None, progress: Progress | None, runner: Any, announce: Announce | None) -> None:
+        """Does the jobs. Raises PTQError, before, if they do not fit into the memory."""
+        source = models.resolve(self.model, self._revision)
+        experiments.check_memory(self.jobs, source, self._store, announce)
+        experiments.run(self.jobs, workers, progress, runner)
 
     def floors(self) -> Floors:
         """What runs of each variant differ among themselves, per task, at most; once the jobs are done."""
@@ -135,16 +144,17 @@ def _setting(outcome: experiments.Outcome) -> str:
 
 def freeze(name: str, model_names: Sequence[str], methods: Sequence[Any] | None = None,
            tasks: Sequence[str] | None = None, *, store: Store, repeats: int = REPEATS, workers: int | None = 1,
-           progress: Progress | None = None, runner: Any = None, **arguments: Any) -> Baseline:
+           progress: Progress | None = None, runner: Any = None, announce: Announce | None = None,
+           **arguments: Any) -> Baseline:
     """A reference of some models: what is missing is measured, the noise floors too, and all is taken into one object.
 
-    repeats, workers, progress, runner, arguments: as for `compare`.
+    repeats, workers, progress, runner, announce, arguments: as for `compare`.
 
     >>> references.save(freeze("today", ["tiny-llama-s"], store=store), path)  # doctest: +SKIP
     """
     runs = []
     for measured in [Measured(model, methods, tasks, store, repeats, arguments) for model in model_names]:
-        experiments.run(measured.jobs, workers, progress, runner)
+        measured.run(workers, progress, runner, announce)
         floors = measured.floors()
         entries = [Entry.of(store.find(identity), floors.get(key))
                    for key, identity in measured.outcome.evaluations.items()]

@@ -49,7 +49,8 @@ INSTEAD = "an embedded model (`ptq ls models`) or a local folder"
 EMBEDDED_OPTIONS: dict[str, dict[str, Any]] = {"spinquant": {"batch": 1, "learning_rate": 30.0}}
 ROTATIONS = ("none", "hadamard", "random-hadamard", "learned")  # cheapest first
 FAST_LIMIT, FAST_SAMPLES = 64, 16  # documents or windows of each task, calibration sequences
-SMALL_WIDTH = 1024  # below, one thread: two spend their time waiting for each other
+_ANNOUNCED_TOKENS = 100_000  # of calibration, over all variants of a small model: what is less takes no time worth a word
+SMALL_WIDTH = preflight.LARGE_WIDTH  # below, one thread: two spend their time waiting for each other
 QUANTIZING_LIBRARIES, EVALUATING_LIBRARIES = ("torch", "transformers"), ("torch", "transformers", "lm-eval")
 
 Progress = Callable[[int, int, str], None]
@@ -147,8 +148,8 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
               allow_eval_calibration: bool = False, allow_code_execution: bool = False, fresh: bool | str = False,
               revision: str | None = None, device: str | None = None, dtype: str | None = None,
               batch_size: int | None = None, batch_tokens: int = calib.BATCH_TOKENS, threads: int | None = None,
-              workers: int | None = 1, progress: Progress | None = None, runner: Callable[..., Any] | None = None,
-              announce: Callable[[str], None] | None = None) -> Outcome:
+              workers: int | None = 1, devices: Sequence[str] = (), progress: Progress | None = None,
+              runner: Callable[..., Any] | None = None, announce: Callable[[str], None] | None = None) -> Outcome:
     """Quantizes a model by every method, evaluates each on every task, and stores what the store lacks.
 
     methods: names, or configured methods. options: of the scheme, for all of them: wbits, abits, group_size, symmetric.
@@ -161,9 +162,9 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     fresh: measure everything again; "code": what other code than today's has measured. batch_size: of the evaluation,
     batch_tokens: of the calibration; both move results by round-off only. threads: of torch, None: one for a small
     model. workers: variants measured at the same time, each in a process of its own; None: as many as there are cores
-    for, if the model is small and on a processor.
-    runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in. announce: is told what the run of a
-    large model will need, before it starts.
+    for, if the model is small and on a processor. devices: for the workers, in turn; unless said otherwise one for each.
+    runner: what loads, quantizes and evaluates: `Runner`, or a test's stand-in. announce: is told what a long run
+    will need, before it starts.
 
     Raises PTQError before any work: unknown model, method, task, option or mode; a model that is quantized already;
     calibration on an evaluated text; a results folder that cannot be written; whatever `calib.load` raises.
@@ -173,26 +174,30 @@ def reproduce(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[
     planned = plan(model, methods, tasks, store=store, options=options, kvbits=kvbits, mode=mode,
                    calib_source=calib_source, nsamples=nsamples, seqlen=seqlen, seed=seed, fast=fast, limit=limit,
                    fewshot=fewshot, allow_eval_calibration=allow_eval_calibration,
-                   allow_code_execution=allow_code_execution, fresh=fresh, revision=revision, device=device,
-                   dtype=dtype, batch_size=batch_size, batch_tokens=batch_tokens, threads=threads)
+                   allow_code_execution=allow_code_execution, fresh=fresh, revision=revision,
+                   device=device or next(iter(devices), None), dtype=dtype, batch_size=batch_size,
+                   batch_tokens=batch_tokens, threads=threads)
     check_memory(planned.jobs, models.resolve(model, revision), store, announce)
-    run(planned.jobs, workers, progress, runner)
+    run(planned.jobs, workers, progress, runner, devices)
     return planned.outcome
 
 
 def check_memory(jobs: Sequence[Job], source: models.Source, store: Store,
                  announce: Callable[[str], None] | None = None) -> None:
-    """Announces what the hungriest of the quantizations of a large model takes. Raises PTQError if it does not fit: to be
-    evaluated, a model has to stand in memory as a whole."""
-    if not jobs or jobs[0].small:
+    """Announces what the hungriest of the quantizations takes, if the model is large or there is long work. Raises PTQError
+    if it does not fit: to be evaluated, a model has to stand in memory as a whole."""
+    if not jobs:
         return
     data = [job.variant.diagnosed_on for job in jobs if job.variant.diagnosed_on is not None]
     count, length = max((tuple(one.tokens.shape) for one in data), default=(0, 0))
-    hungriest = max((job.variant.method for job in jobs), key=preflight.candidates)
+    if jobs[0].small and count * length * len(jobs) < _ANNOUNCED_TOKENS:
+        return
+    hungriest = max((job.variant.method for job in jobs), key=lambda one: (preflight.learned(one), preflight.candidates(one)))
     needed = preflight.quantization(source.fetched(), hungriest, count, length, store.root, torch.device(jobs[0].device),
-                                    models.parse_dtype(jobs[0].dtype), load="whole")
+                                    models.parse_dtype(jobs[0].dtype), load="evaluated")
     if announce:
-        announce(f"{source.name} {needed.told()}, for each variant; evaluation comes on top")
+        each = f", for each of {len(jobs)} variants at most" if len(jobs) > 1 else ""
+        announce(f"{source.name} {needed.told()}{each}; evaluation comes on top")
 
 
 @dataclass(frozen=True, eq=False)
@@ -282,16 +287,18 @@ def plan(model: str, methods: Sequence[Any] | None = None, tasks: Sequence[str] 
 
 
 def run(jobs: Sequence[Job], workers: int | None = 1, progress: Progress | None = None,
-        runner: Callable[..., Any] | None = None) -> None:
-    """Does all jobs, of one grid or of several. workers, runner: see `reproduce`."""
+        runner: Callable[..., Any] | None = None, devices: Sequence[str] = ()) -> None:
+    """Does all jobs, of one grid or of several. workers, runner, devices: see `reproduce`."""
     if not jobs:
         return
+    if len(devices) > 1:
+        workers = workers or len(devices)
     if workers is None:
         threads = jobs[0].threads
         alike = all(job.small and job.threads == threads and job.device == "cpu" for job in jobs)
         workers = (os.cpu_count() or 1) // threads if alike and threads else 1
     if min(workers, len(jobs)) > 1 and runner is None:
-        _measure_side_by_side(jobs, min(workers, len(jobs)), progress)
+        _measure_side_by_side(jobs, min(workers, len(jobs)), progress, devices)
     else:
         _measure_in_turn(jobs, runner or Runner, progress)
 
@@ -392,7 +399,7 @@ def measure(job: Job, runner: Callable[..., Any], tests: Tasks, tell: Callable[[
     variant, store = job.variant, job.store
     identity = variant.quantization(job.identity, job.dtype)
     folder = store.folder(job.identity["name"]) / "partial" / digest(identity)[:12]
-    with threads_(job.threads), resume.into(folder, {**identity, "device": job.device}):
+    with threads_(job.threads), resume.into(folder, {**identity, "device": torch.device(job.device).type}):
         run = runner(job.model, variant, revision=job.revision, device=job.device, dtype=job.dtype,
                      batch_size=job.batch_size)
         with Meter() as meter:
@@ -447,8 +454,9 @@ def _teller(progress: Progress | None, before: int, total: int) -> Callable[[int
     return lambda done, text: progress(before + done, total, text) if progress else None
 
 
-def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress | None) -> None:
-    """Several variants at a time, each worker a fresh process. A failure or Ctrl-C ends them all; what is stored stays.
+def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress | None, devices: Sequence[str] = ()) -> None:
+    """Several variants at a time, each worker a fresh process, on one of the devices if there are some. A failure or
+    Ctrl-C ends them all; what is stored stays.
 
     Raises what a worker raised: a PTQError as it was, anything else with the worker's traceback as its text.
     """
@@ -458,8 +466,9 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
         waiting.put((i, jobs[i]))
     for _ in range(workers):
         waiting.put(None)
-    processes = [context.Process(target=_work, args=(waiting, told, plugins.loaded()), daemon=True)
-                 for _ in range(workers)]
+    processes = [context.Process(target=_work, daemon=True,
+                                 args=(waiting, told, plugins.loaded(), devices[k % len(devices)] if devices else None))
+                 for k in range(workers)]
     done, total, finished = dict.fromkeys(range(len(jobs)), 0), sum(job.steps for job in jobs), 0
     try:
         for process in processes:
@@ -487,8 +496,9 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
             process.join()
 
 
-def _work(waiting: Any, told: Any, plugged: Sequence[str] = ()) -> None:
-    """A worker: does the jobs that wait, until there is None. plugged: the plug-ins whose methods the jobs may hold."""
+def _work(waiting: Any, told: Any, plugged: Sequence[str] = (), device: str | None = None) -> None:
+    """A worker: does the jobs that wait, until there is None. plugged: the plug-ins whose methods the jobs may hold;
+    device: its own, in place of the jobs'."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
     warnings.simplefilter("ignore")
     for path in plugged:  # before the first job arrives, which is unpickled by the name of its class's module
@@ -497,6 +507,7 @@ def _work(waiting: Any, told: Any, plugged: Sequence[str] = ()) -> None:
     while (waited := waiting.get()) is not None:
         i, job = waited
         try:
+            job = replace(job, device=device) if device else job
             job.do(Runner, loaded, lambda steps, text, i=i: told.put((i, steps, text, None)))
         except PTQError as error:
             told.put((i, 0, "", error))
@@ -666,12 +677,12 @@ class Tasks:
         self.limit, self.fewshot, self._metadata = limit, fewshot, dict(metadata or {})
         self.allow_code_execution, self.note = allow_code_execution, ""
         self._manager = adapter.task_manager(self._metadata)
-        if any(name not in self._manager.task_index for name in names):
+        if theirs := [name for name in names if name not in self._manager.task_index]:
+            adapter.check_mentioned(theirs)
             self._manager = adapter.task_manager(self._metadata, include_defaults=True)
         for name in names:
             if name not in self._manager.task_index:
-                raise unknown("task", name, {*adapter.ours(), *dict(adapter.members(self._manager, "paper")),
-                                             "any other task of lm-eval"})
+                raise adapter.unknown_task(name)
         expanded = dict.fromkeys(member for name in names for member in self._members(name))
         if leave_out_code and not allow_code_execution and (left := [
                 name for name in expanded if adapter.executes_code(self._manager, name)]):
@@ -788,12 +799,14 @@ class Runner:
         weights = sum(layer["weights"] for layer in layers)
         return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
                 "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"],
-                "fingerprint": models.fingerprint(self._loaded.model), **self._revision}
+                "fingerprint": models.fingerprint(self._loaded.model), **self._origin}
 
     @property
-    def _revision(self) -> dict[str, str]:
-        """The commit of a model of the hub, for the record; what identifies the model is the digest of its files."""
-        return {"revision": self._loaded.revision} if self._loaded.revision else {}
+    def _origin(self) -> dict[str, Any]:
+        """For the record: the commit of a model of the hub (what identifies the model is the digest of its files), and
+        what it was trusted with."""
+        return {**({"revision": self._loaded.revision} if self._loaded.revision else {}),
+                **({"trusted": list(self._loaded.trusted)} if self._loaded.trusted else {})}
 
     def evaluate(self, tests: Tasks, name: str) -> dict[str, Any]:
         """One task through lm-eval: see `outcome_of`."""

@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from suite import trust
 from suite.errors import PTQError
 
 TIMEOUT = 4.0  # seconds for the one question whether the hub answers
 _TRUE = {"1", "on", "yes", "true"}
 DATA_DIR = "PTQ_DATA_DIR"  # the environment's name for the folder of local copies; reaches worker processes too
 WEIGHT_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.model", "*.jinja"]
-SKIPPED = ["original/*", "onnx/*", "*.bin", "*.pth", "*.gguf"]
+PICKLED_PATTERNS = ["pytorch_model*.bin", "pytorch_model.bin.index.json"]
+SKIPPED = ["original/*", "onnx/*", "*.pth", "*.gguf"]
 
 
 def endpoint() -> str:
@@ -99,7 +101,8 @@ def fault(error: BaseException, what: str, instead: str) -> PTQError:
 
 
 def snapshot(repository: str, revision: str | None, instead: str) -> Path:
-    """The local folder of a model's safetensors, configuration and tokenizer, fetched if need be.
+    """The local folder of a model's safetensors, configuration and tokenizer, fetched if need be; where `suite.trust`
+    allows it also of its code, and of pickled weights if it has no others.
 
     Raises PTQError: no hub, no such model or revision, gated, not in the cache, connection lost.
     """
@@ -107,9 +110,15 @@ def snapshot(repository: str, revision: str | None, instead: str) -> Path:
     require(what, instead)
     from huggingface_hub import snapshot_download
 
+    def fetched(patterns: list[str]) -> Path:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=SKIPPED,
+                                      local_files_only=offline()))
+
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=WEIGHT_PATTERNS,
-                                      ignore_patterns=SKIPPED, local_files_only=offline()))
+        folder = fetched([*WEIGHT_PATTERNS, *(["*.py"] if trust.allows(trust.CODE) else [])])
+        if trust.allows(trust.PICKLE) and not any(folder.glob("*.safetensors")):
+            fetched(PICKLED_PATTERNS)
+        return folder
     except Exception as error:  # a connection that breaks comes through as what the transport below raises
         raise fault(error, what, instead) from None
 

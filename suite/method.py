@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from suite import conformance
@@ -56,6 +57,13 @@ class LinearQuant:
     def bits(self) -> int:
         return self.grid.spec.bits if self.grid else 16
 
+    def to(self, device: torch.device) -> LinearQuant:
+        """The same with its scales on a device."""
+        if self.grid is None:
+            return self
+        zero = None if self.grid.zero is None else self.grid.zero.to(device)
+        return LinearQuant(Grid(self.grid.spec, self.grid.scale.to(device), zero), self.act)
+
 
 @dataclass(frozen=True, eq=False)
 class LayerEdit:
@@ -74,6 +82,13 @@ class LayerEdit:
     def __or__(self, later: LayerEdit) -> LayerEdit:
         """Both edits; where both change the same thing, `later` wins."""
         return LayerEdit({**self.params, **later.params}, {**self.linears, **later.linears}, {**self.note, **later.note})
+
+    def to(self, device: torch.device) -> LayerEdit:
+        """The same edit with its tensors on a device; itself where they are there already."""
+        if all(value.device == device for value in self.params.values()):
+            return self
+        return LayerEdit({key: value.to(device) for key, value in self.params.items()},
+                         {name: quant.to(device) for name, quant in self.linears.items()}, self.note)
 
 
 # ---------------------------------------------------------------------------------------------- protocols

@@ -11,8 +11,9 @@ import contextlib
 import functools
 import hashlib
 import json
+import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from suite import arch, checkpoint, hub, importing, kv, paths, stream, zoo
+from suite import arch, checkpoint, hub, importing, kv, paths, stream, trust, zoo
 from suite.errors import PTQError, unknown
 from suite.zoo import outliers
 
@@ -58,7 +59,8 @@ class Loaded:
     """A model ready to run, its tokenizer, and what identifies it.
 
     digest: sha256 over weights, configuration and tokenizer files, and over the planted outliers;
-    record: the record of a quantized folder, else None; revision: the commit of a model of the hub, else None.
+    record: the record of a quantized folder, else None; revision: the commit of a model of the hub, else None;
+    trusted: what the user allowed and the model used, "code of its own", "pickled weights".
     """
 
     model: nn.Module
@@ -69,6 +71,7 @@ class Loaded:
     record: dict | None = None
     note: str = ""
     revision: str | None = None
+    trusted: tuple[str, ...] = ()
 
     @property
     def identity(self) -> dict:
@@ -133,6 +136,9 @@ def _check_folder(folder: Path, name: str) -> None:
         raise PTQError(f"model folder {name!r} has no config.json: give a folder in Hugging Face format "
                        f"(config.json, *.safetensors, tokenizer)")
     config = read_json(folder / "config.json")
+    if (files := trust.own_code(folder)) and not trust.allows(trust.CODE):
+        raise PTQError(f"model {name!r} brings code of its own ({', '.join(files)}), and is not run by other code in its "
+                       f"place: pass --trust-remote-code (trust_remote_code=true to lm-eval) to run it, if you trust it")
     if checkpoint.is_quantized(folder):
         return
     if importing.is_importable(folder):
@@ -158,21 +164,35 @@ def read_json(path: Path) -> dict:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a model folder. Raises PTQError if there are none, if one is missing, or cut short."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").exists():
-        files = [folder / "model.safetensors"]
-    elif index.is_file():
-        files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
-    else:
-        files = []
-    if not files:
+    """The safetensors of a model folder; where there are none and that is allowed, its pickled weights. Raises PTQError if
+    there are none, if one is missing, or cut short."""
+    if files := _listed(folder, "model.safetensors"):
+        for file in files:
+            checkpoint.check_safetensors(file)
+        return files
+    files = _listed(folder, "pytorch_model.bin")
+    if not (files and trust.allows(trust.PICKLE)):
         other = sorted(p.name for pattern in ("*.bin", "*.pth", "*.gguf") for p in folder.glob(pattern))
         found = f"found {', '.join(other[:3])}, but only safetensors are read" if other else "found none"
-        raise PTQError(f"model folder {str(folder)!r} has no model.safetensors: {found}")
-    for file in files:
-        checkpoint.check_safetensors(file)
+        raise PTQError(f"model folder {str(folder)!r} has no model.safetensors: {found}; --allow-pickle (allow_pickle=true "
+                       f"to lm-eval) reads pytorch_model.bin as well")
+    if missing := [file.name for file in files if not file.is_file()]:
+        raise PTQError(f"model folder {str(folder)!r} is incomplete: {missing[0]} is missing")
     return files
+
+
+def _listed(folder: Path, name: str) -> list[Path]:
+    """The files of weights of one kind: the one of that name, or those that its index lists."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).exists():
+        return [folder / name]
+    return [folder / file for file in sorted(set(read_json(index).get("weight_map", {}).values()))] if index.is_file() else []
+
+
+def trusted(folder: Path) -> tuple[str, ...]:
+    """What a model of a folder needs the user's word for."""
+    pickled = not checkpoint.is_quantized(folder) and weight_files(folder)[0].suffix == ".bin"
+    return (*(("code of its own",) if trust.own_code(folder) else ()), *(("pickled weights",) if pickled else ()))
 
 
 def record_of(source: Source) -> dict:
@@ -199,6 +219,8 @@ def _digest(source: Source) -> str:
     if source.kind == "quantized" and checkpoint.is_quantized(source.folder):
         return checkpoint.identity(source.folder)
     files = [source.folder / file for file in _IDENTIFYING] + weight_files(source.folder)
+    if trust.own_code(source.folder):
+        files += sorted(source.folder.glob("*.py"))
     total = hashlib.sha256()
     for file in files:
         if file.is_file():
@@ -259,6 +281,22 @@ def device_of(device: str | torch.device | None) -> torch.device:
     return found
 
 
+def devices_of(words: Sequence[str]) -> tuple[torch.device, ...]:
+    """Several devices by name; "all": every GPU, or the processor where there is none. Raises PTQError for one that is
+    not there.
+
+    >>> devices_of(["cpu"])
+    (device(type='cpu'),)
+    """
+    if tuple(words) == ("all",):
+        words = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cpu"]
+    found = tuple(device_of(word) for word in words)
+    if absent := [device for device in found if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()]:
+        raise PTQError(f"device {str(absent[0])!r} is not there: this machine has cuda:0 to "
+                       f"cuda:{torch.cuda.device_count() - 1}")
+    return found
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
     """float32 on a processor, where it is exact and no slower; bfloat16 on a GPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -280,9 +318,9 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
 
     name: an embedded model, a local folder (quantized by `ptq quantize` or not), a name of the table of known models,
     or an id of the hub; with `@outliers=SEVERITY[,seed=N]` where outliers are to be planted. dtype None: float32 on a
-    processor, bfloat16 on a GPU, and for a quantized folder the type it was quantized in. No code of the model's own is
-    run and only safetensors are read. by_layer: decoder layers are read when the walk comes to them (suite.stream); for
-    quantization only. An embedded model or a folder is loaded without a glance at the network.
+    processor, bfloat16 on a GPU, and for a quantized folder the type it was quantized in. Code of the model's own is run,
+    and pickled weights are read, only where `suite.trust` allows it. by_layer: decoder layers are read when the walk comes
+    to them (suite.stream); for quantization only. An embedded model or a folder is loaded without a glance at the network.
 
     Raises PTQError: unknown model, folder without config.json, corrupt or truncated weights, weights that do not fit
     the architecture, unsupported architecture, no tokenizer, no hub, no such GPU.
@@ -293,6 +331,11 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
     device = device_of(device)
     source = resolve(name, revision).fetched()
     dtype = parse_dtype(dtype)
+    loaded = _load(source, dtype, device, by_layer)
+    return replace(loaded, trusted=trusted(source.folder))
+
+
+def _load(source: Source, dtype: torch.dtype | None, device: torch.device, by_layer: bool) -> Loaded:
     if source.kind == "quantized" and checkpoint.is_quantized(source.folder):
         model, tokenizer, record = checkpoint.load(source.folder, dtype=dtype, device=device)
         return Loaded(model, tokenizer, source.name, checkpoint.identity(source.folder), source.kind, record)
@@ -301,8 +344,11 @@ def load(name: str, dtype: str | torch.dtype | None = None, device: str | torch.
         return Loaded(model, tokenizer, source.name, _digest(source), "quantized", record)
     if by_layer:
         if source.outliers is not None:
-            raise PTQError(f"model {name!r}: outliers are planted into a whole model, not layer by layer")
-        model = stream.open_model(source.folder, weight_files(source.folder), dtype or default_dtype(device), device)
+            raise PTQError(f"model {source.name!r}: outliers are planted into a whole model, not layer by layer")
+        files = weight_files(source.folder)
+        if files[0].suffix == ".bin":
+            raise PTQError(f"model {source.name!r} has pickled weights, which are read as a whole: pass --load whole")
+        model = stream.open_model(source.folder, files, dtype or default_dtype(device), device)
         return Loaded(model, checkpoint.load_tokenizer(source.folder), source.name, _digest(source), source.kind,
                       note=source.note, revision=source.revision)
     model = _pretrained(source.folder, dtype or default_dtype(device))
@@ -319,9 +365,11 @@ def _pretrained(folder: Path, dtype: torch.dtype) -> nn.Module:
     try:
         with _quiet():  # what is wrong is told below, once
             model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True,
-                ignore_mismatched_sizes=True, output_loading_info=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+                folder, dtype=dtype, local_files_only=True, trust_remote_code=trust.allows(trust.CODE),
+                use_safetensors=weight_files(folder)[0].suffix != ".bin", ignore_mismatched_sizes=True,
+                output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError,
+            pickle.UnpicklingError) as error:
         raise PTQError(f"model folder {str(folder)!r} cannot be loaded ({type(error).__name__}): "
                        f"{_first_line(error)}") from None
     # transformers leaves a weight that is missing at random values, and says so in a log only.

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -26,6 +27,7 @@ from suite.errors import PTQError
 BATCH_TOKENS = 8192  # of a calibration batch, see suite.calib.Calibration.step
 SCORED_TOKENS = 16384  # on which outputs are compared, see suite.walk.REFERENCE_TOKENS
 LONG = 60.0  # seconds; what takes longer is announced
+LARGE_WIDTH = 1024  # of the hidden states; a model that is narrower fits everywhere
 HEADROOM = 0.9  # of what is free may be asked for
 GIB = 2**30
 
@@ -65,9 +67,15 @@ class Shape:
                 (self.inner, self.width), (self.inner, self.width), (self.width, self.inner)]
 
     @property
+    def sites(self) -> list[tuple[int, int]]:
+        """(out, in) of each site, the outputs of its linears together: qkv, o, gate_up, down."""
+        q, kv = self.heads * self.head_width, self.kv_heads * self.head_width
+        return [(q + 2 * kv, self.width), (self.width, q), (2 * self.inner, self.width), (self.width, self.inner)]
+
+    @property
     def site_widths(self) -> list[int]:
-        """Width of the input of each site: qkv, o, gate_up, down."""
-        return [self.width, self.heads * self.head_width, self.width, self.inner]
+        """Width of the input of each site."""
+        return [i for _, i in self.sites]
 
     @property
     def layer_weights(self) -> int:
@@ -89,7 +97,8 @@ class Shape:
 class Run:
     """What is to be done. candidates: quantizations per layer, 1 for a plain method; calibrated: whether the method
     reads activations; bytes: of a number; by_layer: weights read one layer at a time; activations: a place of
-    suite.depot."""
+    suite.depot; kept: whether anything is written; devices: on which candidates are tried side by side; learned:
+    sequences that a rotation is learned on."""
 
     shape: Shape
     nsamples: int
@@ -100,6 +109,9 @@ class Run:
     calibrated: bool = True
     by_layer: bool = False
     activations: str = "device"
+    kept: bool = True
+    devices: int = 1
+    learned: int = 0
 
     @property
     def tokens(self) -> int:
@@ -124,7 +136,7 @@ def need(run: Run) -> Need:
 
     Weights: of the whole model with the codes that are added, or of one layer. Activations: what feeds the layer, what
     it puts out, and the first sequences of the unquantized model's and of two candidates' outputs. Work: one batch
-    inside the layer, the Gram matrices, and what a method computes from the largest of them.
+    inside the layer, the Gram matrices, and what GPTQ, the hungriest of the solvers, computes from one of them.
     """
     s, b = run.shape, run.bytes
     layer = s.layer_weights * (b + 1)  # decoded weight and code
@@ -133,19 +145,23 @@ def need(run: Run) -> Need:
         host_weights = s.layers * s.layer_weights + (0 if s.tied else s.vocabulary * s.width * b)
     else:
         resting, outside, host_weights = s.layers * layer, s.outside * b, 0
-    largest = max(s.site_widths)
-    work = s.layer_weights * b + 4 * sum(w * w for w in s.site_widths) + 4 * 4 * largest * largest
-    work += 4 * 3 * max(o * i for o, i in s.linears)
-    live = scored = 0.0
+    held = min(run.candidates, 2) * s.layer_weights * b  # the edit in work, and the best one so far
+    if run.devices > 1:
+        held += s.layer_weights * b  # a twin of the layer, see suite.candidates
+    work, live, scored = 4 * 5 * max(o * i for o, i in s.linears), 0.0, 0.0
     if run.calibrated:
+        # All Gram matrices; four copies of one, and five of its site's weights, in float32 while it is solved.
+        work = 4 * sum(w * w for w in s.site_widths) + 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
         batch = min(run.tokens, max(BATCH_TOKENS, run.seqlen))
         work += batch * (4 * s.inner + 6 * s.width) * b
         live = 2 * run.tokens * s.width * b
         scored = (2 + min(run.candidates, 2)) * min(run.tokens, SCORED_TOKENS) * s.width * max(b, 4)
+    work += held
     device = resting + outside + work + scored + (live if run.activations == "device" else 0)
     host = host_weights + (live if run.activations == "host" else 0)
     kept = s.layers * s.layer_weights + (live / 2 + scored / 4 if run.calibrated else 0)  # codes, and what feeds a layer
-    disk = kept + s.layers * s.layer_weights + s.outside * b + (live if run.activations == "disk" else 0)
+    disk = kept + s.layers * s.layer_weights + s.outside * b if run.kept else 0
+    disk += live if run.activations == "disk" else 0
     if not run.cuda:
         device, host = 0.0, device + host
     return Need(device, host, disk, operations(run))
@@ -159,7 +175,9 @@ def operations(run: Run) -> float:
     one_pass = 2 * run.tokens * s.layer_weights + 2 * run.tokens * run.seqlen * s.heads * s.head_width
     gram = 2 * run.tokens * sum(w * w for w in s.site_widths)
     solve = sum(2 * w**3 for w in s.site_widths) + 4 * sum(o * i * i for o, i in s.linears) / 8
-    return s.layers * ((2 + run.candidates) * one_pass + gram + run.candidates * solve)
+    tried = math.ceil(run.candidates / run.devices)
+    learning = 6 * run.learned * run.seqlen * (s.layers * s.layer_weights + s.vocabulary * s.width)  # forward and backward
+    return s.layers * ((2 + tried) * one_pass + gram + tried * solve) + learning
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -174,8 +192,9 @@ class Free:
     disk: int
 
     @classmethod
-    def now(cls, folder: Path, device: torch.device) -> Free:
+    def now(cls, folder: Path | None, device: torch.device) -> Free:
         on_device = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        folder = folder or Path(tempfile.gettempdir())
         existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
         return cls(on_device, host_memory(), shutil.disk_usage(existing).free)
 
@@ -250,14 +269,17 @@ class Plan:
         """One line for people."""
         parts = [f"{gib(self.need.device)} of GPU memory ({gib(self.free.device)} free)"] if self.run.cuda else []
         parts += [f"{gib(self.need.host)} of memory ({gib(self.free.host)} free)",
-                  f"{gib(self.need.disk)} of disk ({gib(self.free.disk)} free)", f"about {duration(self.seconds)}"]
+                  *([f"{gib(self.need.disk)} of disk ({gib(self.free.disk)} free)"] if self.need.disk else []),
+                  f"about {duration(self.seconds)}"]
         how = ["weights one layer at a time"] if self.run.by_layer else []
         how += [f"activations on the {self.run.activations}"] if self.run.activations != "device" else []
         return f"needs {', '.join(parts)}" + (f"; {', '.join(how)}" if how else "")
 
 
-def plan(run: Run, free: Free, speed: float, by_layer: bool | None = None, activations: str | None = None) -> Plan:
-    """The first way that fits, from the fastest to the leanest; what is given is left as it is.
+def plan(run: Run, free: Free, speed: float, by_layer: bool | None = None, activations: str | None = None,
+         optional: bool = True) -> Plan:
+    """The first way that fits, from the fastest to the leanest; what is given is left as it is. optional: the user could
+    give it otherwise, so that the error may say so.
 
     Raises PTQError, with what would make it fit, if none does.
     """
@@ -272,7 +294,7 @@ def plan(run: Run, free: Free, speed: float, by_layer: bool | None = None, activ
             return one
     leanest = min(tried, key=lambda one: (len(one.lacks), one.need.host + one.need.device))
     raise PTQError(f"this run does not fit, for lack of {' and '.join(leanest.lacks)}: it {leanest.told()}. "
-                   f"{advice(leanest, by_layer, activations)}")
+                   f"{advice(leanest, by_layer if optional else None, activations if optional else None)}")
 
 
 def advice(best: Plan, by_layer: bool | None, activations: str | None) -> str:
@@ -310,28 +332,38 @@ def config_of(source: models.Source) -> dict[str, Any]:
     return next(known, None) or models.read_json(hub.config(source.repository, source.revision))
 
 
-def quantization(source: models.Source, method: Any, nsamples: int, seqlen: int, folder: Path,
+def quantization(source: models.Source, method: Any, nsamples: int, seqlen: int, folder: Path | None,
                  device: torch.device | None = None, dtype: torch.dtype | None = None, load: str = "auto",
-                 activations: str = "auto", speed: float | None = None) -> Plan:
-    """The plan of quantizing a model into a folder. load: "auto", "whole" or "layer"; activations: "auto" or a place of
-    suite.depot. Raises PTQError if it does not fit."""
+                 activations: str = "auto", speed: float | None = None, devices: int = 1) -> Plan:
+    """The plan of quantizing a model into a folder, or in memory only (None). load: "auto", "whole" or "layer";
+    or "evaluated", as a whole and with all activations on the device; activations: "auto" or a place of suite.depot.
+    Raises PTQError if it does not fit."""
     device = device or models.default_device()
     dtype = dtype or models.default_dtype(device)
     calibrated = getattr(method, "needs_calibration", True)
     run = Run(Shape.of(config_of(source)), nsamples, seqlen, bytes_of(dtype), device.type == "cuda",
-              candidates(method), calibrated)
+              candidates(method), calibrated, kept=folder is not None, devices=devices, learned=learned(method))
     whole_model = bool(getattr(method, "rewrites_model", False)) or source.outliers is not None
+    if source.folder is not None and models.trusted(source.folder)[-1:] == ("pickled weights",):
+        load = "whole" if load == "auto" else load  # a file of them is read as a whole
     if whole_model and load == "layer":
         raise PTQError(f"--load layer: {source.name} by this method is changed as a whole before its layers are "
                        f"quantized: use --load whole")
-    layered = False if whole_model else {"auto": None, "whole": False, "layer": True}[load]
+    layered = False if whole_model else {"auto": None, "layer": True}.get(load, False)
+    if load == "evaluated":
+        activations = "device"
     return plan(run, Free.now(folder, device), speed or rate(device, dtype), layered,
-                None if activations == "auto" else activations)
+                None if activations == "auto" else activations, not whole_model and load != "evaluated")
 
 
 def candidates(method: Any) -> int:
     """How many quantizations of a layer a configured method makes."""
     return len(getattr(method, "pool", ())) or 1
+
+
+def learned(method: Any) -> int:
+    """How many sequences a configured method learns from, those of all steps together."""
+    return method.steps * method.batch if getattr(method, "rotation", "") == "learned" else 0
 
 
 def bytes_of(dtype: torch.dtype) -> int:

@@ -78,6 +78,12 @@ def hardware() -> dict[str, Any]:
             "memory_gib": _gib(_field("/proc/meminfo", "MemTotal")), "gpus": gpus, "system": platform.system()}
 
 
+def several_processes() -> int:
+    """How many processes `accelerate launch` or torchrun has started for one run, 0 for one that was started by itself."""
+    count = os.environ.get("WORLD_SIZE", "")
+    return int(count) if "LOCAL_RANK" in os.environ and count.isdigit() and int(count) > 1 else 0
+
+
 def _field(path: str, key: str) -> str | None:
     with contextlib.suppress(OSError):
         found = re.search(rf"^{re.escape(key)}\s*:\s*(.*)$", Path(path).read_text(), re.MULTILINE)

@@ -8,6 +8,7 @@ Letters: L layers, P candidates, n sequences, t tokens of each, d hidden width.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite import arch, progress
+from suite import arch, progress, resume
+from suite.candidates import Candidates, scores_against
 from suite.cka import CKA
 from suite.errors import PTQError
 from suite.method import LayerEdit, LayerView, Site
-from suite.metrics import Lens, distances
-from suite.walk import walk
+from suite.metrics import Lens
+from suite.walk import Live, walk
 
 OBJECTIVES = {
     "cka": "1 - linear CKA of the last layer's outputs",
@@ -116,31 +118,60 @@ def beam(model: nn.Module, calib: Any, rules: Mapping[str, Sequence[Any]], metri
     rules: name -> one rule per layer; metric: of `METRICS`, at the last layer of the prefix; tokens: on which outputs
     are compared. L x P x width quantizations.
 
+    A search that was interrupted continues from its last finished layers (suite.resume).
+
     Raises PTQError where a score is not a number.
     """
-    kept, total = [Prefix()], len(arch.layers(model))
-    for view in walk(model, calib, reference=calib.sequences(tokens)):
+    total, state = len(arch.layers(model)), _BeamState()
+    live, kept = state.restored(arch.embedding(model).weight.device) or (None, [Prefix()])
+    for view in walk(model, calib, reference=calib.sequences(tokens), live=live):
         progress.tell(f"beam of {width}, layer {view.index + 1} of {total}")
-        reference, found = view.reference, []
-        measure = distances(reference) if lens is None else distances(reference, lens)
+        measure, found = scores_against(view.reference, lens), []
+        makers = {name: plan[view.index].quantize for name, plan in rules.items()}
         for prefix in kept:
             fed = view if prefix.feed is None else view.fed_by(prefix.feed)
             scores: dict[str, dict[str, float]] = {}
-            for name, plan in rules.items():
-                after = fed.after(plan[view.index].quantize(fed))
-                scores[name] = measure(after.outputs(len(reference)))
+            for name, tried in Candidates(fed, lens, measure).tried(makers):
+                scores[name] = tried.scores
                 check_number(scores[name][metric], view.index, metric, name)
-                found.append((scores[name][metric], name, prefix, scores, after))
+                found.append((scores[name][metric], name, prefix, scores, fed, tried))
         found.sort(key=lambda one: one[0])  # stable: of equals the first
         last = view.index == total - 1
-        kept = [Prefix((*prefix.names, name), (*prefix.scores, scores), None if last else _kept(after.outputs()))
-                for _, name, prefix, scores, after in found[:width]]
+        kept = [Prefix((*prefix.names, name), (*prefix.scores, scores),
+                       None if last else _kept(fed.after(tried.keep()).outputs()))
+                for _, name, prefix, scores, fed, tried in found[:width]]
+        state.keep(kept, view.reference)
     return kept[0]
 
 
 def _kept(outputs: Tensor) -> Callable[..., Tensor]:
     """Outputs as a feed that holds nothing else alive."""
     return lambda first=None: outputs if first is None else outputs[:first]
+
+
+class _BeamState:
+    """The prefixes of a beam in the workspace of the run (suite.resume), if it has one: a search that was killed goes on
+    behind the last layer that was kept."""
+
+    def __init__(self):
+        self._workspace = resume.current()
+        if self._workspace is not None:
+            self._workspace.due("beam")  # the clock runs from here
+
+    def restored(self, device: torch.device) -> tuple[Live, list[Prefix]] | None:
+        state = self._workspace and self._workspace.load("beam")
+        if not state:
+            return None
+        told = json.loads(state["told"])
+        feeds = [None if feed is None else _kept(feed.to(device)) for feed in state["feeds"]]
+        kept = [Prefix(tuple(names), tuple(scores), feed) for (names, scores), feed in zip(told, feeds, strict=True)]
+        return Live(state["done"], None, state["full"]), kept
+
+    def keep(self, kept: Sequence[Prefix], reference: Tensor) -> None:
+        if self._workspace is not None and self._workspace.due("beam"):
+            self._workspace.save("beam", {
+                "done": len(kept[0].names), "told": json.dumps([(one.names, one.scores) for one in kept]),
+                "feeds": [one.feed and one.feed() for one in kept], "full": reference})
 
 
 def check_number(distance: float, layer: int, metric: str, name: str) -> None:

@@ -10,15 +10,17 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from suite import arch
+from suite.candidates import Candidates, Tried
 from suite.errors import PTQError, unknown
 from suite.grid import Scheme
-from suite.method import LayerEdit, LayerView, build, lookup
-from suite.metrics import METRICS, Lens, distances, lens_of
+from suite.method import LayerEdit, LayerView, Site, build, lookup
+from suite.metrics import METRICS, Lens, lens_of
 from suite.search import OBJECTIVES, Assigned, Refinement, SiteView, beam, check_number, told
 from suite.walk import REFERENCE_TOKENS, walk
 
@@ -40,21 +42,20 @@ class Select:
     farthest: bool = False
 
     def quantize(self, layer: LayerView) -> LayerEdit:
-        reference = layer.reference
-        measure = distances(reference) if self.lens is None else distances(reference, self.lens)
         scores: dict[str, dict[str, float]] = {}
-        best: tuple[float, str, LayerEdit] | None = None
-        for name, rules in zip(self.names, self.rules, strict=True):
-            edit = layer.quantize_with(rules)
-            scores[name] = measure(layer.after(edit).outputs(len(reference)))
+        best: tuple[float, str, Tried] | None = None
+        makers = {name: partial(_made, rules) for name, rules in zip(self.names, self.rules, strict=True)}
+        for name, tried in Candidates(layer, self.lens).tried(makers):
+            scores[name] = tried.scores
             distance = scores[name][self.metric]
             check_number(distance, layer.index, self.metric, name)
-            loser = edit
+            loser = tried
             if best is None or self._wins(distance, best[0]):
-                loser, best = best[2] if best else None, (distance, name, edit)
+                loser, best = best[2] if best else None, (distance, name, tried)
             if loser is not None:
-                layer.forget(loser)
-        distance, chosen, edit = best
+                loser.drop()
+        _, chosen, winner = best
+        edit = winner.keep()
         note = {"chosen": chosen, "candidates": scores, "margin": _margin(scores, chosen, self.metric)}
         return LayerEdit(edit.params, edit.linears, {**edit.note, **note})
 
@@ -77,20 +78,28 @@ class SelectBySite:
     lens: Lens | None = None
 
     def quantize(self, layer: LayerView) -> LayerEdit:
-        reference, whole, chosen, table = layer.reference, LayerEdit(), [], {}
-        measure = distances(reference) if self.lens is None else distances(reference, self.lens)
+        candidates, whole, chosen, table = Candidates(layer, self.lens), LayerEdit(), [], {}
         for site in layer.sites:
-            edits, scores = {}, {}
-            for name, rule in zip(self.names, self.rules, strict=True):
-                edits[name] = whole | rule.quantize(SiteView(layer, site))
-                scores[name] = measure(layer.after(edits[name]).outputs(len(reference)))
+            makers = {name: partial(_site_made, rule, site, whole) for name, rule in zip(self.names, self.rules, strict=True)}
+            found = dict(candidates.tried(makers))
+            scores = table[site.name] = {name: tried.scores for name, tried in found.items()}
+            for name in scores:
                 check_number(scores[name][self.metric], layer.index, self.metric, name)
             chosen.append(min(scores, key=lambda name: scores[name][self.metric]))
-            table[site.name], whole = scores, edits.pop(chosen[-1])
-            for loser in edits.values():
-                layer.forget(loser)
+            whole = found.pop(chosen[-1]).keep()
+            for loser in found.values():
+                loser.drop()
         note = {**told(layer.sites, tuple(chosen)), "candidates_by_site": table}
         return LayerEdit(whole.params, whole.linears, note)
+
+
+def _made(rules: Sequence[Any], layer: LayerView) -> LayerEdit:
+    return layer.quantize_with(rules)
+
+
+def _site_made(rule: Any, site: Site, before: LayerEdit, layer: LayerView) -> LayerEdit:
+    """The sites before as chosen, and one more."""
+    return before.to(layer.device) | rule.quantize(SiteView(layer, site))
 
 
 def _margin(scores: Mapping[str, Mapping[str, float]], chosen: str, metric: str) -> float | None:

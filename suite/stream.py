@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from suite import arch
+from suite import arch, trust
 from suite.errors import PTQError
 
 
@@ -49,9 +49,10 @@ def open_model(folder: Path, files: Iterable[Path], dtype: torch.dtype, device: 
     from accelerate import init_empty_weights
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    own = trust.allows(trust.CODE)
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=own)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=own).eval()
     reader, places = _reader(files), arch.family(model)
     parent, _, leaf = places.layers.rpartition(".")
     streamed = StreamedLayers(arch.layers(model), reader, places.layers, device, dtype)

@@ -9,6 +9,7 @@ Letters: n sequences, t tokens each, d hidden width.
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import time
@@ -54,7 +55,7 @@ class LayerView:
 
     @property
     def reference(self) -> Tensor:
-        return self._reference().to(self._device)
+        return self._reference().to(self.device)
 
     def weight(self, name: str) -> Tensor:
         return self._parameter(f"{name}.weight").detach()
@@ -82,10 +83,10 @@ class LayerView:
                 with self._rounding():
                     fresh = (run(batch) for batch in hidden[done:].split(self._step))
                     self._outputs = depot.gather(len(hidden), itertools.chain(before, fresh), first is None)
-        return self._outputs if first is None else self._outputs[:first].to(self._device)
+        return self._outputs if first is None else self._outputs[:first].to(self.device)
 
     @property
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(iter(self._original.values())).device
 
     def stat(self, kind: str, site: Site) -> Tensor:
@@ -170,7 +171,7 @@ class LayerView:
         if now.keys() != self._original.keys() or any(now[key] is not value for key, value in self._original.items()):
             raise RuntimeError(f"layer {self.index} was written after this view was made: read the view before commit")
         hidden, params, kwargs = self.inputs(first), dict(self._edit.params), dict(self._kwargs)
-        device = self._device
+        device = self.device
 
         def run(batch: Tensor) -> Tensor:
             out = functional_call(self._layer, params, (batch.to(device),), kwargs)
@@ -219,6 +220,25 @@ class LayerView:
         written._outputs = self.after(edit)._outputs  # what was scored is not run again, the rest runs as written
         return _Once(written.outputs)
 
+    def on(self, device: torch.device) -> LayerView:
+        """A twin on a device, with weights and statistics of its own: what is done to it touches nothing of this view,
+        so that several threads may each work on one. Inputs are computed here, once."""
+        self.inputs()
+        return self._twin(device)
+
+    def _twin(self, device: torch.device) -> LayerView:
+        return LayerView(self.index, copy.deepcopy(self._layer).to(device), self.sites, _moved(dict(self._kwargs), device),
+                         self._step, self._inputs, self._reference, self._edit.to(device))
+
+    def adopt(self, edit: LayerEdit, twin: LayerView) -> None:
+        """Takes what a twin has put out after the same edit as the outputs after `edit` here."""
+        self.after(edit)._take(twin)
+
+    def _take(self, twin: LayerView) -> None:
+        outputs = twin._outputs
+        # What stands in host memory or a file (suite.depot) stays there.
+        self._outputs = outputs.to(self.device) if outputs is not None and outputs.device == twin.device else outputs
+
     def quantize_with(self, rules: Sequence[Any]) -> LayerEdit:
         """The edit of one rule per layer spanned: here one."""
         (rule,) = rules
@@ -261,6 +281,10 @@ class BlockView:
     def _site(self, site: Site) -> tuple[LayerView, Site]:
         layer, name = self._at(site.name)
         return layer, next(s for s in layer.sites if s.name == name)
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].device
 
     @property
     def reference(self) -> Tensor:
@@ -313,6 +337,15 @@ class BlockView:
                           {"layers": [dict(e.note) for e in edits]})
         self._children[_key(whole)] = (whole, self._of(layers))  # its outputs are there already
         return whole
+
+    def on(self, device: torch.device) -> BlockView:
+        first, *others = self.layers  # unless full, the inner ones are fed by each other: by the twins
+        return BlockView([first.on(device), *(layer.on(device) if self._full else layer._twin(device) for layer in others)],
+                         self._full)
+
+    def adopt(self, edit: LayerEdit, twin: BlockView) -> None:
+        for layer, other in zip(self.after(edit).layers, twin.layers, strict=True):
+            layer._take(other)
 
     def settled(self, edit: LayerEdit) -> Feed:
         feed: Feed = self.layers[0].inputs
@@ -487,6 +520,15 @@ def _tokens(calib: Calibration | None, device: torch.device) -> Tensor:
     return calib.tokens.to(device)
 
 
+def _moved(value: Any, device: torch.device) -> Any:
+    """The arguments of a layer on a device: tensors, in tuples and dicts too."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: _moved(one, device) for key, one in value.items()}
+    return tuple(_moved(one, device) for one in value) if type(value) in (tuple, list) else value
+
+
 def _no_reference() -> Tensor:
     raise RuntimeError("the unquantized outputs were not kept: set reference_tokens on the rule that reads them")
 
@@ -600,6 +642,7 @@ def quantize_model(method: Any, model: nn.Module, calib: Calibration | None,
             kept.save(view, records, reference or inputs == "full", total)
             if progress:
                 progress(len(records), total, str(edit.note.get("chosen", "")))
+            del view, edit  # with all their tensors, before the next layer is quantized
         return records
     finally:
         model.train(was_training)

@@ -181,7 +181,7 @@ def window_nll(model: nn.Module, windows: Tensor, batch_size: int | None = None,
             workspace.save(keep_as, {"nll": torch.cat(sums)})
         if progress:
             progress(start + len(batch), total)
-    nll = torch.cat(sums)
+    nll = torch.cat(sums) if sums else torch.zeros(0, dtype=torch.float64)  # of several processes one may have no window
     if not torch.isfinite(nll).all():
         raise PTQError(f"window {int((~torch.isfinite(nll)).nonzero()[0])} has an NLL that is not finite: "
                        f"the model puts out NaN or infinity, so it is broken (or its type too narrow: try float32)")

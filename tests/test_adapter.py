@@ -160,7 +160,6 @@ def test_arguments_of_hflm_keep_their_meaning(toy_folder):
     (dict(mode="native"), "mode native without a method"),
     (dict(peft="adapter"), "argument peft has no effect on model ptq: merge"),
     (dict(parallelize=True), "parallelize has no effect"),
-    (dict(trust_remote_code=True), "no code of a model's own is run"),
     (dict(backend="seq2seq"), "only causal models"),
     (dict(batch_size="many"), "batch_size is 'many'"),
     (dict(dtype="float8"), "unknown dtype"),
@@ -454,11 +453,26 @@ def few_defaults(monkeypatch):
                 self._index["their_task"] = Entry("their_task", Kind.TASK, None, theirs)
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", Few)
+    mentioned = adapter._mentioned
+    monkeypatch.setattr(adapter, "_mentioned", lambda name, folders: name == "their_task" or mentioned(name, folders))
 
 
 def test_command_line_with_an_unknown_task(few_defaults, task_folder, toy_folder):
     with pytest.raises(PTQError, match="unknown task 'toy_pl': did you mean 'toy_ppl'.* a task of [^,]*, toy_ppl$"):
         adapter.run_lm_eval(["run", "--model", "ptq", "--model_args", f"pretrained={toy_folder}", "--tasks", "toy_pl"])
+
+
+def test_an_unknown_task_is_told_without_reading_the_index_of_all(monkeypatch, tmp_path):
+    from suite.experiments import Tasks
+
+    manager = adapter.task_manager
+    monkeypatch.setattr(adapter, "task_manager", lambda *positional, include_defaults=False, **named: (
+        pytest.fail("the whole index was read") if include_defaults else manager(*positional, **named)))
+    with pytest.raises(PTQError, match="unknown task 'gsm8kk': did you mean 'gsm8k'"):
+        Tasks(["gsm8kk"])
+    adapter.check_mentioned(["arc_easy", "arc_*", str(tmp_path)])  # theirs, and what is no name
+    (tmp_path / "new.yaml").write_text("task: gsm8kk\n")
+    adapter.check_mentioned(["gsm8kk"], [tmp_path])
 
 
 def test_lm_evals_own_tasks_miss_the_hub_before_the_model_is_loaded(few_defaults, task_folder, monkeypatch):

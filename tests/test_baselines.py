@@ -15,8 +15,8 @@ from suite import arch, calib, walk
 from suite.errors import PTQError
 from suite.grid import Grid, QuantSpec, Scheme, fake_quantize, find_grid
 from suite.method import build
+from suite.metrics import distances
 from suite.rounding import gram_blocks, output_error, round_to_nearest, search_shrink
-from suite.select import distances
 
 
 def calib_of(n=8, t=40, seed=0):

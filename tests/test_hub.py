@@ -3,6 +3,7 @@ there arrives whole, and what is not is told in one line, soon, with what to do 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import hub_sets
 import pytest
+import torch
 import toys
 from hub_server import TOKEN, HubServer
+from safetensors.torch import load_file
 
 from suite import hub
 from suite.errors import PTQError
@@ -21,9 +24,9 @@ MODEL, GATED = "Qwen/Qwen1.5-0.5B", "meta-llama/Llama-3.2-1B"
 PAPER = "wikitext2_ppl,c4_ppl,gsm8k,humaneval,hellaswag,mmlu_anatomy"  # one of MMLU's 57 subjects: they are alike
 
 CLIENT = """
-import json, sys, time
+import json, os, sys, time
 import datasets, transformers.models.auto.modeling_auto  # noqa: before the clock starts
-from suite import hub, models
+from suite import hub, models, trust
 from suite.errors import PTQError
 from suite.experiments import Tasks
 for line in sys.stdin:
@@ -43,6 +46,10 @@ def served(tmp_path_factory):
         toys.save_toy(root / "models" / name, kind, max_position_embeddings=2048, seed=len(name))
     (root / "models" / "somebody/large/remote.py").write_text("raise SystemExit('code of the model ran')\n")
     (root / "models" / "somebody/large/pytorch_model.bin").write_bytes(b"never fetched")
+    shutil.copytree(root / "models" / MODEL, root / "models" / "somebody/pickled")
+    weights = load_file(root / "models" / "somebody/pickled/model.safetensors")
+    (root / "models" / "somebody/pickled/model.safetensors").unlink()
+    torch.save(weights, root / "models" / "somebody/pickled/pytorch_model.bin")
     hub_sets.write(root)
     with HubServer(root) as server:
         server.gated.add(GATED)
@@ -98,6 +105,20 @@ def test_only_safetensors_and_no_code_is_fetched(served, client):
     assert told == "somebody/large"
     fetched = " ".join(served.requests[asked:])
     assert "model.safetensors" in fetched and "remote.py" not in fetched and ".bin" not in fetched
+
+
+def test_pickled_weights_and_code_are_fetched_if_allowed(served, client):
+    """Weights in a pickle: only of a model that has no others."""
+    told, _ = client("models.load('somebody/pickled')")
+    assert "--allow-pickle" in told
+    asked = len(served.requests)
+    expression = ("[os.environ.update({trust.CODE: '1', trust.PICKLE: '1'}), [models.load(name).trusted for name in "
+                  "('somebody/pickled', 'somebody/large')], [os.environ.pop(n) for n in (trust.CODE, trust.PICKLE)]]")
+    told, _ = client(expression)
+    assert told[1] == [["pickled weights"], []]
+    fetched = " ".join(served.requests[asked:])
+    assert "somebody/pickled/resolve" in fetched and "remote.py" in fetched
+    assert [line for line in served.requests[asked:] if line.startswith("GET") and "large" in line and ".bin" in line] == []
 
 
 @pytest.mark.parametrize(("expression", "words"), [

@@ -2,6 +2,8 @@
 
 import json
 import os
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -197,6 +199,80 @@ def test_the_command_refuses_and_tells(toy_folder, tmp_path, monkeypatch, capsys
     out_folder = tmp_path / "out"
     status, out, err = run("quantize", "--model", toy_folder, "--method", "gptq", "--out", out_folder)
     assert status == 2 and "does not fit, for lack of memory" in err and not out_folder.exists()
+
+
+def test_every_long_command_tells_and_refuses(ptq, toy_folder, toy_text_file, tmp_path, monkeypatch):
+    """Where a model counts as large, or there is much to calibrate on."""
+    from suite import experiments
+    from suite.adapter import PTQ
+
+    monkeypatch.setattr(experiments, "_ANNOUNCED_TOKENS", 1)
+    monkeypatch.setattr(preflight, "LARGE_WIDTH", 1)
+    monkeypatch.setattr(preflight, "rate", lambda *_: 1e9)
+    monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("went on"))
+    given = ["--calib", toy_text_file, "--nsamples", "2", "--seqlen", "32", "--tasks", "world_events", "--limit", "1"]
+    lines = [["reproduce", toy_folder, "--methods", "fp16,rtn", *given],
+             ["compare", "gptq", "--against", "rtn", "--model", toy_folder, *given, "--repeats", "0"],
+             ["baseline", "save", "mine", "--model", toy_folder, "--methods", "rtn", *given, "--repeats", "0"]]
+    for line in lines:
+        with pytest.raises(pytest.fail.Exception, match="went on"):
+            ptq(*line)
+    with monkeypatch.context() as patched:
+        patched.setattr(preflight, "host_memory", lambda: 2**18)
+        for line in lines:
+            status, _, err = ptq(*line)
+            last = err.splitlines()[-1]
+            assert status == 2 and "does not fit, for lack of memory" in last and "--load" not in last
+        with pytest.raises(PTQError, match="does not fit, for lack of memory"):
+            PTQ(str(toy_folder), method="gptq", calib=str(toy_text_file), nsamples=2, seqlen=32)
+
+
+def test_what_is_told_before_a_grid_of_runs(toy_folder, tmp_path, monkeypatch):
+    from suite import experiments
+    from suite.store import Store
+
+    told, jobs = [], [SimpleNamespace(small=True, device="cpu", dtype="float32", variant=SimpleNamespace(
+        method=method, diagnosed_on=data())) for method in (build("gptq"), build("spinquant"), build("cka-hybrid"))]
+    source, store = models.resolve(str(toy_folder)), Store(tmp_path)
+    experiments.check_memory(jobs, source, store, told.append)
+    assert told == []  # too little to speak of
+    monkeypatch.setattr(experiments, "_ANNOUNCED_TOKENS", 1)
+    experiments.check_memory(jobs, source, store, told.append)
+    (line,) = told
+    for word in ("toy-llama needs", "of memory", "of disk", "about", "for each of 3 variants at most", "on top"):
+        assert word in line
+    learning = preflight.quantization(source, build("spinquant"), 6, 64, None, speed=1e9)
+    assert learning.seconds > 10 * preflight.quantization(source, build("gptq"), 6, 64, None, speed=1e9).seconds
+    assert learning.need.disk == 0 and "disk" not in learning.told()
+
+
+def test_a_plan_for_a_method_of_ones_own(ptq, toy_folder):
+    example = Path(__file__).resolve().parent.parent / "examples" / "range_search.py"
+    status, out, err = ptq("plan", toy_folder, "--plugin", example, "--method", "range_search")
+    assert status == 0 and "range_search W4A8" in out, err
+
+
+def test_random_weights_in_real_shapes_are_measured(tmp_path, monkeypatch, capsys):
+    """The script of the measurements, on a toy of a shape; each row beside its estimate."""
+    from suite import bench_shapes
+
+    shape = {**toys.make_toy().config.to_dict(), "num_hidden_layers": 3}
+    shape = {key: shape[key] for key in known_models()["llama-3-8b"]["shape"]}
+    monkeypatch.setattr(bench_shapes, "known_models", lambda: {"toy": {"shape": shape}})
+    monkeypatch.setattr(bench_shapes, "in_its_own_process", bench_shapes.measure)
+    out = tmp_path / "shapes.json"
+    line = ["--shape", "toy", "--layers", "2", "--nsamples", "2", "--seqlen", "32", "--device", "cpu", "--out", str(out)]
+    bench_shapes.main([*line, "--method", "gptq", "--method", "rtn"])
+    bench_shapes.main([*line, "--method", "spinquant"])
+    told = json.loads(out.read_text())
+    assert [(row["method"], row["layers"]) for row in told["rows"]] == [("gptq", 2), ("rtn", 2), ("spinquant", 2)]
+    for row in told["rows"]:
+        assert row["peak_mib"] == pytest.approx(row["estimated_mib"], rel=0.2) and row["seconds"] > 0
+    assert 0 < told["rows"][0]["share_of_matrix_products"] < 1 and told["rows"][1]["share_of_matrix_products"] is None
+    assert set(told["hardware"]) == {"cpu", "cores", "threads", "memory_gib", "gpus", "system"}
+    page = out.with_suffix(".md").read_text()
+    assert "| toy | 2 | 2 x 32 | gptq |" in page and page.count("| toy |") == 3
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_the_command_quantizes_layer_by_layer(toy_folder, toy_text_file, tmp_path, capsys):

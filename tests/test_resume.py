@@ -5,17 +5,19 @@ import os
 import random
 import signal
 import time
+from functools import partial
 
 import pytest
 import torch
 import toys
 
-from suite import arch, calib, layer_state, resume, walk, windows
+from suite import arch, calib, layer_state, resume, search, walk, windows
 from suite.errors import PTQError
 from suite.method import build
 
 METHODS = {"gptq": {}, "awq": {"wbits": 3}, "smoothquant+gptq": {"abits": 16}, "mp-gptq": {}, "cka-hybrid": {},
-           "cka-hybrid block=2": {"block": 2}, "spinquant": {"steps": 2, "batch": 1, "variant": "had"},
+           "cka-hybrid block=2": {"block": 2}, "cka-hybrid beam": {"search": "beam", "width": 2},
+           "spinquant": {"steps": 2, "batch": 1, "variant": "had"},
            "gptq W16A8": {"wbits": 16}}
 
 
@@ -66,6 +68,24 @@ def test_a_resumed_run_gives_the_same_model_and_records(tmp_path, method, monkey
     assert not (tmp_path / "x").exists()
 
 
+def test_a_beam_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
+    """Interrupted in its third layer, and again in its last: no layer is searched twice, and the end is the same."""
+    expected, searched = quantized(tmp_path / "undisturbed", "cka-hybrid beam"), []
+
+    def tell(text, stops):
+        searched.append(int(text.split()[4]))
+        if searched[-1] in stops:
+            raise KeyboardInterrupt
+
+    for stops in ((3,), (4,)):
+        monkeypatch.setattr(search.progress, "tell", partial(tell, stops=stops))
+        with pytest.raises(KeyboardInterrupt):
+            quantized(tmp_path / "x", "cka-hybrid beam")
+    monkeypatch.setattr(search.progress, "tell", partial(tell, stops=()))
+    assert quantized(tmp_path / "x", "cka-hybrid beam") == expected
+    assert searched == [1, 2, 3, 3, 4, 4]
+
+
 def test_also_on_full_precision_inputs(tmp_path):
     expected = quantized(tmp_path / "undisturbed", "gptq", "full")
     with pytest.raises(KeyboardInterrupt):
@@ -107,6 +127,18 @@ def test_another_run_refuses_to_go_on(tmp_path):
         quantized(tmp_path / "x", "gptq", stop_after=2)
     with pytest.raises(PTQError, match="state of another run, which differs in method"):
         quantized(tmp_path / "x", "cka-hybrid")
+
+
+@pytest.mark.parametrize("key", ["model", "calibration", "versions", "device"])
+def test_nor_with_another_model_or_library(tmp_path, key):
+    identity = {"model": {"digest": "a"}, "calibration": {"digest": "b"}, "versions": {"torch": "2"}, "device": "cpu"}
+    with pytest.raises(KeyboardInterrupt), resume.into(tmp_path / "x", identity) as workspace:
+        workspace.save("state", 1)
+        raise KeyboardInterrupt
+    with pytest.raises(PTQError, match=f"differs in {key}: repeat that run"):
+        resume.into(tmp_path / "x", {**identity, key: "c"}).__enter__()
+    with resume.into(tmp_path / "x", identity) as workspace:
+        assert workspace.load("state") == 1
 
 
 def test_a_layer_comes_back_as_it_was():

@@ -12,9 +12,9 @@ from suite.cka import linear_cka
 from suite.errors import PTQError
 from suite.grid import Scheme
 from suite.method import Uniform, build
-from suite.metrics import lens_of
+from suite.metrics import METRICS, distances, lens_of
 from suite.rounding import round_to_nearest
-from suite.select import METRICS, Hybrid, Select, distances
+from suite.select import Hybrid, Select
 
 POOL = ("gptq", "awq", "smoothquant")
 PLAIN = [name for name in METRICS if name != "kl"]  # those that need no head
