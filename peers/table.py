@@ -33,6 +33,7 @@ PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "smoothquant+gptq")
 TEXTS = {"wiki": "world_wiki_test.txt", "chat": "world_chat_test.txt"}
 WINDOW, NSAMPLES, SEQLEN = 512, 64, 512
+ENOUGH = 3  # runs below which no word is given: calibration alone moves a row by as much as methods differ
 SUITE, PEER = "suite", "llm-compressor"
 LIBRARIES = ("torch", "transformers", "compressed-tensors")
 
@@ -163,14 +164,14 @@ def scores(found: Sequence[stats.Sample]) -> str:
 
 def gap(paired: Sequence[tuple[stats.Sample, stats.Sample]]) -> str:
     """peer - suite of runs on the same data: their mean with the paired interval over windows, the runs' lowest and
-    highest, and a word where windows and runs agree on the sign."""
+    highest, and a word where there are several runs, and windows and all runs agree on the sign."""
     mean = [sample(np.mean([pair[side].values for pair in paired], axis=0)) for side in (0, 1)]
     over_windows = stats.difference(*mean)
     by_run = [theirs.score - ours.score for theirs, ours in paired]
     word = ""
-    if over_windows.low > 0 and min(by_run) > 0:
+    if len(by_run) >= ENOUGH and over_windows.low > 0 and min(by_run) > 0:
         word = ": suite better"
-    elif over_windows.high < 0 and max(by_run) < 0:
+    elif len(by_run) >= ENOUGH and over_windows.high < 0 and max(by_run) < 0:
         word = ": peer better"
     spread = f", runs {min(by_run):+.4f} to {max(by_run):+.4f}" if len(by_run) > 1 else ""
     return f"{np.mean(by_run):+.4f} [{over_windows.low:+.4f}, {over_windows.high:+.4f}]{spread}{word}"
@@ -184,8 +185,8 @@ def page(held: Mapping) -> str:
         f"Perplexity on windows of {WINDOW} tokens ({counts}). Calibration: {NSAMPLES} x {SEQLEN} tokens of the embedded text, "
         f"the same tokens in the same order for both. Runs differ in the tokens or in their order; numbers are means, with "
         f"the lowest and the highest. The last columns are above 0 where the suite is better: mean over the runs, in brackets "
-        f"the 95 % interval (paired over windows), and the lowest and highest run. A word stands where windows and all runs "
-        f"agree.", "",
+        f"the 95 % interval (paired over windows), and the lowest and highest run. The interval does not cover the choice of "
+        f"calibration data: a word stands only where there are {ENOUGH} runs or more, and windows and all runs agree.", "",
         *table(held["rows"]), "",
         f"Both sides compute in float32 on one thread; both checkpoints are in the compressed-tensors format, read and "
         f"evaluated by the suite, activations rounded. llm-compressor with transformers {theirs['transformers']}, "
