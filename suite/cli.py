@@ -1007,7 +1007,7 @@ def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, 
     from suite.report import rotations as reports
     from suite.store import Store
 
-    store, bits, numbers = Store(results), [int(word) for word in abits], [int(word) for word in seeds]
+    store, bits, numbers = Store(results, reports.SHELF), [int(word) for word in abits], [int(word) for word in seeds]
     learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
     learning = {name: value for name, value in learning.items() if value is not None}
     announced: list[str] = []

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from suite import experiments, zoo
-from suite.ablate import book, plan, run
 from suite.report import data, rotations, tables
 from suite.store import Store
 
@@ -35,7 +34,7 @@ def test_committed_tables_are_what_the_records_say(folder):
 
 @pytest.mark.parametrize("file", sorted(REFERENCE.glob("*/spinquant.md")), ids=lambda path: path.parent.name)
 def test_the_rotations_are_what_the_records_say(file):
-    store = Store(REFERENCE)
+    store = Store(REFERENCE, rotations.SHELF)
     model = next(name for name in store.models() if store.folder(name) == file.parent)
     rows = rotations.table(store, model)
     full = rotations.full_precision(store, model, "world_wiki_ppl")
@@ -43,24 +42,3 @@ def test_the_rotations_are_what_the_records_say(file):
     whole = {(row["scheme"], row["rotation"]) for row in rows if None not in (row["seed_0"], row["seed_1"], row["seed_2"])}
     usual = {(f"W4A{bits} g128", rotation) for bits in (4, 8) for rotation in experiments.ROTATIONS}
     assert whole >= (usual if "planted" not in file.parent.name else set())
-
-
-ABLATED = {"ablations": (zoo.names(), []),
-           "ablations-planted": ([f"tiny-{kind}-s@outliers=16" for kind in ("llama", "qwen")],
-                                 ["pool", "metric", "search", "swaps"])}
-
-
-@pytest.mark.parametrize("folder", ABLATED)
-def test_committed_ablations_are_found_whole_and_are_what_the_records_say(folder):
-    names, wanted = ABLATED[folder]
-    wanted = plan.load(wanted)
-    done = run.ablate(names, wanted, root=REFERENCE, whole=False, runner=_nothing)
-    assert (done.measured, done.implied) == (0, 0) and done.found > 100
-    pages = book.content(done, wanted, REFERENCE, lambda _, stem: {f"{stem}.png": b"", f"{stem}.svg": b""})
-    assert {path.name for path in (REFERENCE / folder).iterdir()} == set(pages)
-    assert {name: text.decode() for name, text in pages.items() if name.endswith((".md", ".csv", ".tex"))} == {
-        path.name: path.read_text() for path in (REFERENCE / folder).iterdir() if path.suffix in (".md", ".csv", ".tex")}
-
-
-def _nothing(*_, **__):
-    raise AssertionError("a record is missing: the committed ablations would have to be measured again")

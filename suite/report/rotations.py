@@ -1,6 +1,8 @@
 """The table "does learning the rotation help": SpinQuant's rotations side by side, over seeds. From the records alone.
 
 results/<model>/spinquant.md, .csv
+
+The records stand on a shelf of their own: rows of a sweep have no place in the main tables.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from tabulate import tabulate
 from suite.report import data
 from suite.store import Record, Store, write_text
 
+SHELF = "rotations"
 ORDER = ("none", "random", "hadamard", "random-hadamard", "learned")
 CONTROL = "random-hadamard"  # the start of the learning: what every other row is compared with, seed by seed
 
