@@ -41,6 +41,11 @@ COMMANDS = [
 ]
 
 
+def started(command, **options):
+    """A process that hears Ctrl-C, even where the tests themselves were started with it ignored, as by nohup or `&`."""
+    return subprocess.Popen(command, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
+
+
 def ptq_process(*arguments, cwd, **environment):
     """The same in a process of its own."""
     return subprocess.run(
@@ -339,7 +344,7 @@ def test_an_interrupted_run_continues(tmp_path, toy_folder, toy_text_file):
         "--workers",
         "2",
     ]
-    process = subprocess.Popen(
+    process = started(
         [sys.executable, "-m", "suite.cli", *run],
         cwd=tmp_path,
         text=True,
@@ -570,7 +575,7 @@ def test_a_bug_shows_its_traceback(ptq, monkeypatch, toy_folder, toy_text_file):
 
 
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, toy_folder, toy_text_file):
-    process = subprocess.Popen(
+    process = started(
         [
             sys.executable,
             "-m",
