@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import fake_records as fake
@@ -69,6 +70,8 @@ def test_only_a_tested_winner_is_bold():
     assert close.best(PPL[0]) is None
     twins = sheet(lines=[line("a", "gptq"), line("a again", "gptq"), line("worse", "rtn")])
     assert twins.best(PPL[0]) == "a"  # its twin is no rival
+    _, rows = ablations.summary([replace(found, against="cka-hybrid"), replace(found, against="cka-hybrid")])
+    assert {row[0]: row[1] for row in rows}["cka-hybrid"] == "" and not any("****" in text for row in rows for text in row)
 
 
 def test_recovered_is_the_share_of_the_gap():

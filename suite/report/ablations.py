@@ -68,7 +68,7 @@ def cells(sheet: Sheet, columns: Sequence[str], intervals: bool = True) -> tuple
 
 
 def _bold(text: str, best: bool) -> str:
-    return f"**{text}**" if best else text
+    return f"**{text}**" if best and text else text  # the row compared with has no difference to show
 
 
 def _perplexity(line: Line, task: str, intervals: bool) -> str:
