@@ -141,14 +141,15 @@ def _ids(text: str, tokenizer, special_tokens: bool) -> list[int]:
     """The token ids of a text. Kept for the next model: the variants of a table all read the same few texts, and on small
     models that takes as long as the model itself."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    key = text_digest(text), text_digest(backend.to_str()), special_tokens
-    if key not in _TOKENIZED:
-        while len(_TOKENIZED) >= _TEXTS:
+    key = backend and (text_digest(text), text_digest(backend.to_str()), special_tokens)
+    if key in _TOKENIZED:
+        return _TOKENIZED[key]
+    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
+    if key:
+        if len(_TOKENIZED) >= _TEXTS:
             _TOKENIZED.pop(next(iter(_TOKENIZED)))
-        _TOKENIZED[key] = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    return _TOKENIZED[key]
+        _TOKENIZED[key] = ids
+    return ids
 
 
 def batch_of(window: int, vocabulary: int) -> int:

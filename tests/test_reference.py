@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from suite import experiments, zoo
+from suite.ablate import book, plan, run
 from suite.report import data, rotations, tables
 from suite.store import Store
 
@@ -42,3 +43,19 @@ def test_the_rotations_are_what_the_records_say(file):
     whole = {(row["scheme"], row["rotation"]) for row in rows if None not in (row["seed_0"], row["seed_1"], row["seed_2"])}
     usual = {(f"W4A{bits} g128", rotation) for bits in (4, 8) for rotation in experiments.ROTATIONS}
     assert whole >= (usual if "planted" not in file.parent.name else set())
+
+
+def test_committed_ablations_are_found_whole_and_are_what_the_records_say():
+    wanted = plan.load()
+    done = run.ablate(zoo.names(), wanted, root=REFERENCE, whole=False, runner=_nothing)
+    assert (done.measured, done.implied) == (0, 0) and done.found > 300
+    pages = book.content(done, wanted, REFERENCE, lambda _, stem: {f"{stem}.png": b"", f"{stem}.svg": b""})
+    committed = {path.name: path for path in (REFERENCE / "ablations").iterdir()}
+    assert set(committed) == set(pages)
+    for name, path in committed.items():
+        if path.suffix in (".md", ".csv", ".tex"):
+            assert path.read_text() == pages[name].decode(), name
+
+
+def _nothing(*_, **__):
+    raise AssertionError("a record is missing: the committed ablations would have to be measured again")

@@ -51,8 +51,7 @@ STUDIES = ("exhaustive", "swaps", "degradation", "reconstruction", "statistics",
 CALIBRATION = ("seed", "nsamples", "seqlen")
 _KEYS = {"title": str, "table": int, "says": str, "tasks": (str, list), "schemes": list, "against": str, "rows": list,
          "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "quick": dict,
-         "layers": list,
-         "large": (str, list)}
+         "layers": list, "large": (str, list)}
 _ROW_KEYS = {"name": str, "method": str, "options": dict, "repeat": dict, "best_of": list, "uniform": bool,
              "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list)}
 
