@@ -12,6 +12,7 @@ from torch import Tensor
 
 from suite import hub
 from suite.errors import PTQError, unknown
+from suite.tokens import text_digest, token_ids
 
 EMBEDDED = "embedded"
 BATCH_TOKENS = 8192
@@ -64,10 +65,6 @@ def digest(tokens: Tensor) -> str:
     return hashlib.sha256(str(tuple(tokens.shape)).encode() + tokens.cpu().long().numpy().tobytes()).hexdigest()
 
 
-def text_digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def windows(ids: Tensor, nsamples: int, seqlen: int, seed: int) -> Tensor:
     """`nsamples` random windows of `seqlen` tokens, as the GPTQ code draws them (with replacement): (n, t).
 
@@ -92,8 +89,7 @@ def load(source: str, tokenizer, nsamples: int = 128, seqlen: int = 2048, seed: 
         if value < 1:
             raise PTQError(f"{name} is {value}: allowed are whole numbers from 1")
     text = read_text(source)
-    ids = tokenizer(text, return_tensors="pt", verbose=False).input_ids[0]
-    return from_tokens(windows(ids, nsamples, seqlen, seed), source, seed, text)
+    return from_tokens(windows(token_ids(text, tokenizer), nsamples, seqlen, seed), source, seed, text)
 
 
 def read_text(source: str) -> str:

@@ -977,6 +977,7 @@ def ablate(
     show_default=True,
     help="had: Hadamard transforms at run time too.",
 )
+@click.option("--nsamples", type=WHOLE, help="Calibration sequences, for the learning and for GPTQ.  [64; hub models: 128]")
 @click.option("--steps", type=WHOLE, help="Of the learning.  [100]")
 @click.option("--batch", type=WHOLE, help="Sequences that a step sees.  [8; embedded models: 1]")
 @click.option("--learning-rate", type=float, help="Of the first step.  [1.5; embedded models: 30]")
@@ -985,7 +986,7 @@ def ablate(
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
-def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, workers, results):
+def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learning_rate, workers, results):
     """Measure whether learning SpinQuant's rotations helps, and write the table spinquant.md.
 
     Learned, random-Hadamard, Hadamard and no rotation, at each number of bits and seed. Only what is missing in the
@@ -995,7 +996,7 @@ def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, 
     Examples:
       ptq rotations tiny-llama-s
       ptq rotations tiny-qwen-m --abits 4 --seeds 0,1
-      ptq rotations tiny-llama-s --wbits 16 --abits 4 --batch 4
+      ptq rotations tiny-llama-s --wbits 16 --abits 4 --nsamples 800 --batch 8 --learning-rate 10
     """
     for option, words in {"--abits": abits, "--seeds": seeds}.items():
         if bad := next((word for word in words if not word.isdigit()), None):
@@ -1011,7 +1012,7 @@ def rotations(model, abits, wbits, seeds, variant, steps, batch, learning_rate, 
     learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
     learning = {name: value for name, value in learning.items() if value is not None}
     announced: list[str] = []
-    given = dict(wbits=wbits, variant=variant, learning=learning, store=store, workers=workers,
+    given = dict(wbits=wbits, variant=variant, nsamples=nsamples, learning=learning, store=store, workers=workers,
                  announce=lambda text: (None if announced else note(text), announced.append(text)))  # once for them all
     with Progress(f"{model} rotations") as progress:
         outcomes = experiments.rotation_sweep(model, bits, numbers, progress=progress, **given)

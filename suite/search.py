@@ -211,13 +211,17 @@ class Refinement:
         self._prepare(start)
         before = self._value(start, 0, 0), self._value(start, 0, 1)
         best, values, moves = list(start), before, []
+        known: dict[tuple[Names, ...], float] = {}  # the second sweep meets again what the first has tried
         for sweep in range(SWEEPS):
             moved = False
             for i in range(len(best)):
                 for s in range(len(best[i])):
                     progress.tell(f"refining, sweep {sweep + 1}, layer {i + 1} of {len(best)}")
                     tried = {name: self._with(best, i, s, name) for name in self._rules if name != best[i][s]}
-                    scores = {name: self._value(candidate, i, 0) for name, candidate in tried.items()}
+                    for candidate in tried.values():
+                        if tuple(candidate) not in known:
+                            known[tuple(candidate)] = self._value(candidate, i, 0)
+                    scores = {name: known[tuple(candidate)] for name, candidate in tried.items()}
                     name = min(scores, key=scores.__getitem__, default=None)
                     if name is None or not scores[name] < values[0]:
                         continue

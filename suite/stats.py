@@ -7,6 +7,7 @@ so what the windows have in common cancels. The resampling is scipy's; seeds are
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ LEVEL = 0.95
 RESAMPLES = 5000
 MINIMUM = 10  # observations below which a resampled interval is not worth stating: it is NaN, and decides nothing
 _BATCH = 4_000_000  # observations resampled at once
+_KEPT = 1024  # intervals: a table, its summary and its figure show the same ones
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Interval:
         return self.low > 0 or self.high < 0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Sample:
-    """What one variant scored, observation by observation.
+    """What one variant scored, observation by observation. Two are equal when all their numbers are.
 
     values:  (n,) per window: summed token NLL; per document: the outcome, e.g. 0 or 1.
     weights: (n,) per window: its number of tokens; per document: 1.
@@ -59,6 +61,15 @@ class Sample:
         values = np.array([float(outcome) for outcome in outcomes])
         return cls(values, np.ones_like(values), "mean")
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sample) and self._numbers() == other._numbers()
+
+    def __hash__(self) -> int:
+        return hash(self._numbers())
+
+    def _numbers(self) -> tuple[str, bytes, bytes]:
+        return self.kind, self.values.tobytes(), self.weights.tobytes()
+
     @property
     def score(self) -> float:
         return float(_score(self.values, self.weights, self.kind))
@@ -82,6 +93,7 @@ def standard_error(outcomes: Sequence[float] | str) -> float:
     return float(stats.sem(Sample.documents(outcomes).values))
 
 
+@functools.lru_cache(_KEPT)
 def interval(sample: Sample, level: float = LEVEL, seed: int = 0) -> Interval:
     """Percentile bootstrap of one score over its windows or documents."""
     def statistic(values, weights, axis=-1):
@@ -89,6 +101,7 @@ def interval(sample: Sample, level: float = LEVEL, seed: int = 0) -> Interval:
     return Interval(sample.score, *_limits(_bootstrap(statistic, (sample.values, sample.weights), seed), level))
 
 
+@functools.lru_cache(_KEPT)
 def difference(a: Sample, b: Sample, level: float = LEVEL, seed: int = 0) -> Interval:
     """score(a) - score(b), paired over windows or documents.
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suite import resume
-from suite.calib import digest, text_digest  # one hash for both: a run on the evaluated text is found by it
+from suite.calib import digest
 from suite.errors import PTQError
+from suite.tokens import text_digest, token_ids  # the digest calibration has too: a run on the evaluated text is found by it
 
 DEFAULT_WINDOW = 2048  # the papers'; models with fewer positions take all they have
 _TOKENS_PER_BATCH = 4096
@@ -121,35 +122,16 @@ def token_windows(text: str, tokenizer, window: int, max_windows: int | None = N
     >>> windows.tokens.shape, windows.predicted           # doctest: +SKIP
     (torch.Size([78, 512]), 39858)
     """
-    ids = _ids(_not_empty(text, name), tokenizer, special_tokens)
+    ids = token_ids(_not_empty(text, name), tokenizer, special_tokens)
     used = len(ids) if max_tokens is None else min(len(ids), max_tokens)
     count = used // window if max_windows is None else min(used // window, max_windows)
     if count < 1:
         limit = "" if used == len(ids) else f", of which --max-tokens leaves {used}"
         raise PTQError(f"{name} has {len(ids)} tokens{limit}, fewer than one window of {window}: "
                        f"give more text or a smaller window")
-    bos = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    tokens = torch.tensor(ids[:count * window], dtype=torch.long).reshape(count, window)  # (w, N)
+    bos = tokenizer.bos_token_id is not None and int(ids[0]) == tokenizer.bos_token_id
+    tokens = ids[:count * window].reshape(count, window)  # (w, N)
     return Windows(tokens, len(ids), bos, special_tokens, text_digest(text))
-
-
-_TOKENIZED: dict[tuple[str, str, bool], list[int]] = {}  # the last texts, by their digest and the tokenizer's
-_TEXTS = 8
-
-
-def _ids(text: str, tokenizer, special_tokens: bool) -> list[int]:
-    """The token ids of a text. Kept for the next model: the variants of a table all read the same few texts, and on small
-    models that takes as long as the model itself."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    key = backend and (text_digest(text), text_digest(backend.to_str()), special_tokens)
-    if key in _TOKENIZED:
-        return _TOKENIZED[key]
-    ids = tokenizer(text, add_special_tokens=special_tokens, verbose=False)["input_ids"]
-    if key:
-        if len(_TOKENIZED) >= _TEXTS:
-            _TOKENIZED.pop(next(iter(_TOKENIZED)))
-        _TOKENIZED[key] = ids
-    return ids
 
 
 def batch_of(window: int, vocabulary: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoTokenizer
 
-from suite import windows
+from suite import tokens, windows
 from suite.errors import PTQError
 
 
@@ -69,7 +69,7 @@ def test_fewer_windows(toy_tokenizer, toy_text):
 
 def test_a_text_is_tokenized_once_for_equal_tokenizers_and_anew_for_another(toy_folder, toy_tokenizer, toy_text, monkeypatch):
     text, calls = toy_text[:2500], []
-    monkeypatch.setattr(windows, "_TOKENIZED", {})
+    monkeypatch.setattr(tokens, "_kept", {})
     other = AutoTokenizer.from_pretrained(toy_folder)
     plain = type(other).__call__
     monkeypatch.setattr(type(other), "__call__", lambda self, *a, **k: calls.append(self) or plain(self, *a, **k))
@@ -84,7 +84,7 @@ def test_a_text_is_tokenized_once_for_equal_tokenizers_and_anew_for_another(toy_
                        [:bare.numel()].reshape(bare.shape))
     for start in range(12):
         windows.token_windows(text[start:], other, 32)
-    assert len(windows._TOKENIZED) == windows._TEXTS
+    assert len(tokens._kept) == tokens._TEXTS
 
 
 def test_window_size():

@@ -36,10 +36,10 @@ def write(store: Store, model: str, task: str = "world_wiki_ppl") -> list[Path]:
 
 
 def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[str, Any]]:
-    """One row per scheme, variant and rotation: perplexity by seed, mean, standard deviation, and the difference to the
-    control with its standard error, over the seeds that both have.
+    """One row per scheme, variant, number of calibration sequences and rotation: perplexity by seed, mean, standard
+    deviation, and the difference to the control with its standard error, over the seeds that both have.
 
-    Of several calibration sets (seeds apart), limits, types or versions, those of the record measured last count.
+    Of several calibration texts, limits, types or versions, those of the record measured last count.
     """
     records = sorted(
         (
@@ -55,19 +55,20 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
     for record in records:
         if _shared(record) == _shared(records[-1]):
             chosen = record.identity["method"]["options"]
-            key = (record.identity["scheme"], chosen["variant"], chosen["rotation"], _learning(chosen))
+            among = record.identity["scheme"], chosen["variant"], record.identity["calibration"]["nsamples"]
+            key = (*among, chosen["rotation"], _learning(chosen))
             found.setdefault(key, {})[chosen["rotation_seed"]] = data.Score(record).value
     seeds = sorted({seed for values in found.values() for seed in values})
     rows = []
-    for scheme, variant, rotation, learning in sorted(found, key=lambda key: (*key[:2], ORDER.index(key[2]), key[3])):
-        values, control = found[scheme, variant, rotation, learning], found.get((scheme, variant, CONTROL, ""), {})
+    for key in sorted(found, key=lambda key: (*key[:3], ORDER.index(key[3]), key[4])):
+        *among, rotation, learning = key
+        values, control = found[key], found.get((*among, CONTROL, ""), {})
         differences = (
             [values[seed] - control[seed] for seed in sorted({*values} & {*control})] if rotation != CONTROL else []
         )
         rows.append(
             {
-                "scheme": scheme,
-                "variant": variant,
+                **dict(zip(("scheme", "variant", "nsamples"), among)),
                 "rotation": rotation,
                 "learning": learning,
                 **{f"seed_{seed}": values.get(seed) for seed in seeds},
@@ -81,7 +82,7 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
 def _shared(record: Record) -> tuple:
     """What all numbers of a table have in common."""
     identity = record.identity
-    calibration = {key: identity["calibration"][key] for key in ("source", "nsamples", "seqlen")}
+    calibration = {key: identity["calibration"][key] for key in ("source", "seqlen")}
     return (
         calibration,
         identity["model"],
@@ -124,6 +125,7 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
         [
             row["scheme"],
             row["variant"],
+            str(row["nsamples"]),
             " ".join(filter(None, (row["rotation"], row["learning"] and f"({row['learning']})"))),
             *(_number(row[seed]) for seed in seeds),
             _number(row["mean"]),
@@ -135,6 +137,7 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
     headings = [
         "scheme",
         "variant",
+        "sequences",
         "rotation",
         *(seed.replace("_", " ") for seed in seeds),
         "mean",
@@ -145,15 +148,16 @@ def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float |
     return (
         f"# Does learning the rotation help? {data.title_of(model)}\n\n"
         f"{data.heading(task)} perplexity after each rotation and GPTQ.{reference} "
+        f"Sequences: of calibration, for the learning and for GPTQ. "
         f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
-        f"Δ: mean over seeds of the difference to {CONTROL} of the same seed, ± its standard error. "
+        f"Δ: mean over seeds of the difference to {CONTROL} of the same seed and sequences, ± its standard error. "
         f'"none" is GPTQ without a rotation. W16 leaves the weights as they are: there GPTQ has nothing to do.\n\n'
         + tabulate(
             cells,
             headings,
             tablefmt="github",
             disable_numparse=True,
-            colalign=("left",) * 3 + ("right",) * (len(seeds) + 3),
+            colalign=("left", "left", "right", "left", *("right",) * (len(seeds) + 3)),
         )
         + "\n"
     )

@@ -136,7 +136,7 @@ class Sheet:
             sample = line.sample(task)
             if sample is None or line.best_of or line.name == self.full.name:
                 continue
-            if any(np.array_equal(sample.values, other.values) for _, _, other in scored):
+            if any(sample == other for _, _, other in scored):
                 continue
             scored.append((sign * sample.score, line.name, sample))
         if len(scored) < 2:
