@@ -8,7 +8,7 @@ Letters: l layers, c choices of bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -22,6 +22,7 @@ from suite.errors import PTQError, unknown
 from suite.grid import UNQUANTIZED_BITS, Scheme
 from suite.method import LayerEdit, LayerMethod, LayerView, Noted, build
 from suite.nll import nll_from
+from suite.resume import Ledger
 from suite.rounding import output_error
 from suite.walk import layer_kwargs, walk
 
@@ -105,24 +106,26 @@ class MPGPTQ:
         return planned
 
     def _scores(self, model: nn.Module, calib: Any, rules: dict[int, Any]) -> tuple[list[int], list[list[float]]]:
-        """(weights per layer, sensitivity (l, c))."""
+        """(weights per layer, sensitivity (l, c)). After an interruption only the rest is measured."""
         sizes, scores, total = [], [], len(arch.layers(model))
-        measure = _Loss(model, calib) if self.sensitivity == "loss" else _relative_error
+        measure, known = _Loss(model, calib) if self.sensitivity == "loss" else _relative_error, Ledger("sensitivity")
         for view in walk(model, calib):
             progress.tell(f"sensitivity of layer {view.index + 1} of {total}")
             sizes.append(sum(view.weight(name).numel() for site in view.sites for name in site.linears))
-            untouched = rules.get(UNQUANTIZED_BITS) or build(
-                "gptq", **{**self.scheme.options, "wbits": UNQUANTIZED_BITS}
-            )
-            base = measure(view, untouched.quantize(view))
-            row = []
-            for bits in self.choices:
-                edit = rules[bits].quantize(view) if bits < UNQUANTIZED_BITS else None
-                row.append(0.0 if edit is None else measure(view, edit) - base)
-                if edit is not None:
-                    view.forget(edit)
-            scores.append(row)
+            scores.append(known.of(f"layer {view.index}", lambda view=view: self._row(view, rules, measure)))
         return sizes, scores
+
+    def _row(self, view: LayerView, rules: dict[int, Any], measure: Callable[..., float]) -> list[float]:
+        """The sensitivity (c,) of one layer."""
+        untouched = rules.get(UNQUANTIZED_BITS) or build("gptq", **{**self.scheme.options, "wbits": UNQUANTIZED_BITS})
+        base = measure(view, untouched.quantize(view))
+        row = []
+        for bits in self.choices:
+            edit = rules[bits].quantize(view) if bits < UNQUANTIZED_BITS else None
+            row.append(0.0 if edit is None else measure(view, edit) - base)
+            if edit is not None:
+                view.forget(edit)
+        return row
 
 
 def _relative_error(view: LayerView, edit: LayerEdit) -> float:

@@ -21,7 +21,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -158,3 +158,34 @@ def into(folder: Path, identity: Mapping[str, Any]) -> Iterator[Workspace]:
 def current() -> Workspace | None:
     """The workspace of the run in progress, or None."""
     return _CURRENT.get()
+
+
+class Ledger:
+    """Numbers that a run measures one after the other, each under a key of its own. They are kept in the workspace of
+    the run, if it has one, so that after an interruption the same run measures only the rest.
+
+    >>> ledger = Ledger("scores")
+    >>> ledger.of("layer 0", lambda: 0.5), ledger.of("layer 0", lambda: 0.7)
+    (0.5, 0.5)
+    """
+
+    def __init__(self, name: str):
+        self._workspace, self._name = current(), name
+        kept = self._workspace and self._workspace.load(name)
+        self._known: dict[str, Any] = json.loads(kept["known"]) if kept else {}
+        if self._workspace is not None:
+            self._workspace.due(name)  # the clock runs from here
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> Any:
+        return self._known[key]
+
+    def of(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What stands under a key, JSON; measured where nothing does."""
+        if key not in self._known:
+            self._known[key] = measure()
+            if self._workspace is not None and self._workspace.due(self._name):
+                self._workspace.save(self._name, {"known": json.dumps(self._known)})
+        return self._known[key]

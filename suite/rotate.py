@@ -159,12 +159,14 @@ def learn(
     weight: QuantSpec | None = None,
     tell: Callable[[int, str], None] | None = None,
     checkpointing: bool | None = None,
+    scale_gradient: bool = True,
 ) -> tuple[Rotations, dict[str, Any]]:
     """Rotations that lower the loss of the model with rounded activations, and what is to be recorded of the way.
 
     Objective: the mean NLL of the next token on `tokens` (n, t), inputs of all linears of the decoder layers rounded
-    to `act` per token, weights to `weight` where that is given; rounding passes gradients straight through. Steps are
-    those of `suite.stiefel`, in float64. The model is untied, its norms are fused; it is run, not changed.
+    to `act` per token, weights to `weight` where that is given. Rounding passes gradients straight through; with
+    scale_gradient they also reach the scale of a token, its largest entry. Steps are those of `suite.stiefel`, in
+    float64. The model is untied, its norms are fused; it is run, not changed.
 
     Which sequences a step sees depends on the seed and on the set of sequences, not on their order. checkpointing: keep
     the layers' inputs only, and compute the rest again in the backward pass; by default where the rest is large.
@@ -178,7 +180,7 @@ def learn(
     batch = min(schedule.batch, n)
     if checkpointing is None:
         checkpointing = _activation_bytes(model, batch * t) > _CHECKPOINTED_BYTES
-    network = _Network(model, tokens.to(device), act, weight, checkpointing)
+    network = _Network(model, tokens.to(device), act, weight, checkpointing, scale_gradient)
     r1, heads = start.residual.to(device, torch.float64), start.heads.to(device, torch.float64)
     losses: list[float] = []
     worst = 0.0
@@ -243,22 +245,23 @@ class _Network:
     """The model as a function of its rotations."""
 
     def __init__(
-        self, model: nn.Module, tokens: Tensor, act: QuantSpec | None, weight: QuantSpec | None, checkpointing: bool
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        act: QuantSpec | None,
+        weight: QuantSpec | None,
+        checkpointing: bool,
+        scale_gradient: bool = True,
     ):
-        self._model, self._tokens, self._act, self._weight, self._checkpointing = (
-            model,
-            tokens,
-            act,
-            weight,
-            checkpointing,
-        )
+        self._model, self._tokens, self._act, self._weight = model, tokens, act, weight
+        self._checkpointing, self._scale_gradient = checkpointing, scale_gradient
         self._kwargs = layer_kwargs(model, tokens)
         self._dtype = arch.embedding(model).weight.dtype
         self._precision = torch.float64 if self._dtype == torch.float64 else torch.float32  # of products with rotations
 
     def rounding(self) -> _Hooks:
         """Rounds the inputs of all linears of the decoder layers inside the block."""
-        return _Hooks(self._model, self._act)
+        return _Hooks(self._model, self._act, self._scale_gradient)
 
     @torch.no_grad()
     def loss_at(self, r1: Tensor, heads: Tensor, chosen: Tensor) -> float:
@@ -309,14 +312,14 @@ class _Network:
 class _Hooks:
     """Rounding of the linears' inputs, for the time of a block."""
 
-    def __init__(self, model: nn.Module, act: QuantSpec | None):
+    def __init__(self, model: nn.Module, act: QuantSpec | None, scale_gradient: bool):
         self._linears = [
             layer.get_submodule(name)
             for layer in arch.layers(model)
             for site in arch.sites(model)
             for name in site.linears
         ]
-        self._act, self._handles = act, []
+        self._act, self._scale_gradient, self._handles = act, scale_gradient, []
 
     def __enter__(self) -> None:
         if self._act is not None:
@@ -327,12 +330,26 @@ class _Hooks:
             handle.remove()
 
     def _round(self, _: nn.Module, args: tuple) -> tuple:
-        return _straight_through(args[0], fake_quantize_tokens(args[0].detach(), self._act)), *args[1:]
+        x, rounded = args[0], fake_quantize_tokens(args[0].detach(), self._act)
+        if self._scale_gradient and torch.is_grad_enabled():
+            return _through_scale(x, rounded), *args[1:]
+        return _straight_through(x, rounded), *args[1:]
 
 
 def _straight_through(x: Tensor, rounded: Tensor) -> Tensor:
     """The value of `rounded`, the gradient of `x`."""
     return x + (rounded - x).detach()
+
+
+def _through_scale(x: Tensor, rounded: Tensor) -> Tensor:
+    """The value of `rounded`, with a gradient that knows that the grid of a token (..., i) grows with its largest entry.
+
+    Source: Esser et al., "Learned Step Size Quantization", 2020 (arXiv 1902.08153), section 2.1; here the step is no
+    parameter but max|x| times a constant. A token keeps its errors counted in steps: rounded = x + errors * step.
+    """
+    largest = x.abs().amax(-1, keepdim=True)  # (..., 1)
+    errors = (rounded - x.detach()) / largest.detach().clamp(min=torch.finfo(x.dtype).tiny)
+    return _straight_through(x, rounded) + errors * (largest - largest.detach())
 
 
 def _on_grid(weight: Tensor, spec: QuantSpec) -> Tensor:

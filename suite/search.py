@@ -192,7 +192,7 @@ class Refinement:
     from the first layer on, and taken only if the second half agrees that it is better than the start.
 
     Holds the weights of all candidates of all layers and the hidden states before each layer: for models that leave
-    that much memory free.
+    that much memory free. After an interruption the candidates are quantized again, and no value is measured twice.
     """
 
     def __init__(self, model: nn.Module, calib: Any, rules: Mapping[str, Sequence[Any]], objective: str):
@@ -204,6 +204,7 @@ class Refinement:
                            "the other tells when to stop")
         self._halves = (slice(0, count // 2), slice(count // 2, count))
         self._references: list[CKA] = []
+        self._values = resume.Ledger("refinement")  # its second sweep, too, meets what the first has tried
 
     def run(self, start: Sequence[Names]) -> tuple[list[Names], dict[str, Any]]:
         """(the assignment, what the record tells: objective on both halves before and after, moves, whether kept)."""
@@ -211,17 +212,13 @@ class Refinement:
         self._prepare(start)
         before = self._value(start, 0, 0), self._value(start, 0, 1)
         best, values, moves = list(start), before, []
-        known: dict[tuple[Names, ...], float] = {}  # the second sweep meets again what the first has tried
         for sweep in range(SWEEPS):
             moved = False
             for i in range(len(best)):
                 for s in range(len(best[i])):
                     progress.tell(f"refining, sweep {sweep + 1}, layer {i + 1} of {len(best)}")
                     tried = {name: self._with(best, i, s, name) for name in self._rules if name != best[i][s]}
-                    for candidate in tried.values():
-                        if tuple(candidate) not in known:
-                            known[tuple(candidate)] = self._value(candidate, i, 0)
-                    scores = {name: known[tuple(candidate)] for name, candidate in tried.items()}
+                    scores = {name: self._value(candidate, i, 0) for name, candidate in tried.items()}
                     name = min(scores, key=scores.__getitem__, default=None)
                     if name is None or not scores[name] < values[0]:
                         continue
@@ -232,12 +229,12 @@ class Refinement:
                         self._advance(best, i)
             if not moved:
                 break
-        note = {"objective": self._objective, "before": before, "frozen": values, "moves": moves}
+        note = {"objective": self._objective, "before": list(before), "frozen": list(values), "moves": moves}
         if best == start:
-            return best, {**note, "after": before, "kept": False}
+            return best, {**note, "after": list(before), "kept": False}
         after = self._requantized(best)
         kept = after[1] < before[1]
-        return (best if kept else start), {**note, "after": after, "kept": kept}
+        return (best if kept else start), {**note, "after": list(after), "kept": kept}
 
     def _prepare(self, start: Sequence[Names]) -> None:
         """Quantizes every slot by every candidate behind the starting assignment, and keeps the edits."""
@@ -277,10 +274,12 @@ class Refinement:
 
     def _value(self, assignment: Sequence[Names], first: int, half: int) -> float:
         """The objective on a half when layers from `first` on are as assigned, those before as last advanced."""
-        hidden = self._inputs[first][self._halves[half]]
-        for i in range(first, len(assignment)):
-            hidden = self._outputs(i, assignment[i], hidden)
-        return self._score(hidden, half)
+        def measured() -> float:
+            hidden = self._inputs[first][self._halves[half]]
+            for i in range(first, len(assignment)):
+                hidden = self._outputs(i, assignment[i], hidden)
+            return self._score(hidden, half)
+        return self._values.of(json.dumps([assignment, half]), measured)
 
     def _score(self, hidden: Tensor, half: int) -> float:
         if self._objective == "cka":

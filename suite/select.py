@@ -21,6 +21,7 @@ from suite.errors import PTQError, unknown
 from suite.grid import Scheme
 from suite.method import LayerEdit, LayerView, Site, build, lookup
 from suite.metrics import METRICS, Lens, lens_of
+from suite.resume import Ledger
 from suite.search import OBJECTIVES, Assigned, Refinement, SiteView, beam, check_number, told
 from suite.walk import REFERENCE_TOKENS, walk
 
@@ -247,16 +248,26 @@ class Hybrid:
 
     def _rehearsed(self, model: nn.Module, calib: Any, plans: Mapping[str, Sequence[Any]], lens: Lens | None
                    ) -> tuple[list[tuple[str, ...]], list[dict]]:
-        """The greedy choice of each slot, found without writing the model."""
-        names, notes, feed = [], [], None
+        """The greedy choice of each slot, found without writing the model. What was chosen before an interruption is
+        not searched again."""
+        names, notes, feed, chosen = [], [], None, Ledger("rehearsal")
         for view, rule in zip(walk(model, calib, reference=calib.sequences(self.score_tokens)),
                               self._greedy(plans, len(arch.layers(model)), lens), strict=True):
-            fed = view if feed is None else view.fed_by(feed)
+            fed, key = view if feed is None else view.fed_by(feed), f"layer {view.index}"
+            if key in chosen:
+                rules = {name: plan[view.index] for name, plan in plans.items()}
+                rule = Assigned(rules, tuple(chosen[key]["names"]))
             edit = rule.quantize(fed)
             outputs = fed.after(edit).outputs()
             feed = lambda first=None, outputs=outputs: outputs if first is None else outputs[:first]  # noqa: E731
-            by_site = edit.note.get("chosen_by_site")
-            names.append(tuple(by_site.values()) if by_site else (edit.note["chosen"],))
-            notes.append({key: edit.note[key] for key in ("candidates", "candidates_by_site", "margin")
-                          if key in edit.note})
+            found = chosen.of(key, partial(_found, edit.note))
+            names.append(tuple(found["names"]))
+            notes.append(found["note"])
         return names, notes
+
+
+def _found(note: Mapping[str, Any]) -> dict[str, Any]:
+    """What a rehearsal keeps of a layer: the names of its slots, and what the record will tell of the search."""
+    by_site = note.get("chosen_by_site")
+    return {"names": list(by_site.values()) if by_site else [note["chosen"]],
+            "note": {key: note[key] for key in ("candidates", "candidates_by_site", "margin") if key in note}}

@@ -1,6 +1,7 @@
 """A run that was killed at any moment goes on from its last finished layer, or its last answers, to the same result."""
 
 import hashlib
+import importlib
 import os
 import random
 import signal
@@ -17,6 +18,8 @@ from suite.method import build
 
 METHODS = {"gptq": {}, "awq": {"wbits": 3}, "smoothquant+gptq": {"abits": 16}, "mp-gptq": {}, "cka-hybrid": {},
            "cka-hybrid block=2": {"block": 2}, "cka-hybrid beam": {"search": "beam", "width": 2},
+           "cka-hybrid by site": {"pool": ("gptq", "awq"), "unit": "site", "refine": "nll", "wbits": 3},
+           "mp-gptq by loss": {"sensitivity": "loss"},
            "spinquant": {"steps": 2, "batch": 1, "variant": "had"},
            "gptq W16A8": {"wbits": 16}}
 
@@ -84,6 +87,36 @@ def test_a_beam_goes_on_behind_its_last_layer(tmp_path, monkeypatch):
     monkeypatch.setattr(search.progress, "tell", partial(tell, stops=()))
     assert quantized(tmp_path / "x", "cka-hybrid beam") == expected
     assert searched == [1, 2, 3, 3, 4, 4]
+
+
+@pytest.mark.parametrize("method, place, target", [
+    ("cka-hybrid by site", "suite.select.SelectBySite.quantize", "a rehearsal chooses layer by layer"),
+    ("cka-hybrid by site", "suite.search.Refinement._score", "a refinement measures one assignment after the other"),
+    ("mp-gptq by loss", "baselines.mp_gptq.MPGPTQ._row", "sensitivities come layer by layer")])
+def test_what_is_measured_before_the_walk_is_not_measured_again(tmp_path, method, place, target, monkeypatch):
+    """Interrupted before its first measurement, in the middle and near the end: each is made once, to the same result."""
+    module, owner, name = place.rsplit(".", 2)
+    owner, calls = getattr(importlib.import_module(module), owner), []
+    plain = getattr(owner, name)
+
+    def counted(stop):
+        def call(*arguments, **further):
+            if len(calls) == stop:
+                raise KeyboardInterrupt
+            calls.append(1)
+            return plain(*arguments, **further)
+        monkeypatch.setattr(owner, name, call)
+
+    counted(None)
+    expected, usual = quantized(tmp_path / "undisturbed", method), len(calls)
+    calls.clear()
+    for stop in (0, usual // 3, usual // 2):
+        counted(stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantized(tmp_path / "x", method)
+    counted(None)
+    assert quantized(tmp_path / "x", method) == expected
+    assert usual >= 4 and len(calls) == usual, target
 
 
 def test_also_on_full_precision_inputs(tmp_path):

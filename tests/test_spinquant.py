@@ -17,7 +17,7 @@ from toys import make_tokenizer, make_toy
 
 from suite import arch, calib, checkpoint, cli, hadamard, kv, method, models, resume, rotate, stiefel, walk, zoo
 from suite.errors import PTQError
-from suite.grid import QuantSpec
+from suite.grid import QuantSpec, fake_quantize_tokens
 from suite.linear import Online
 from suite.testing import TOYS, _logits, _relative
 
@@ -224,6 +224,31 @@ def test_the_gradient_is_that_of_the_rotated_model():
     for x, g in ((start.residual, g1), (start.heads, g2)):  # along the manifold nothing changes
         tangent = x.mT @ g
         assert float((tangent - tangent.mT).abs().max()) < 1e-4 * float(g.abs().max() + 1)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_the_gradient_knows_that_the_grid_of_a_token_grows_with_it(bits):
+    """Twice the token is rounded to twice the values: along x itself the derivative is the rounded x."""
+    x = torch.randn(5, 7, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    rounded = fake_quantize_tokens(x.detach(), QuantSpec(bits, True, None))
+    weights = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for function, slope in ((rotate._through_scale, rounded), (rotate._straight_through, x.detach())):
+        found = function(x, rounded)
+        assert torch.equal(found, rounded)
+        (gradient,) = torch.autograd.grad((found * weights).sum(), x)
+        assert torch.allclose((gradient * x).sum(-1), (weights * slope).sum(-1), rtol=1e-6)
+    zero = torch.zeros(1, 4, requires_grad=True)
+    assert torch.autograd.grad(rotate._through_scale(zero, zero.detach()).sum(), zero)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("scale_gradient", [True, False])
+def test_an_option_decides_which_gradient_it_is(scale_gradient, monkeypatch):
+    used = []
+    monkeypatch.setattr(rotate, "_through_scale", lambda x, rounded: used.append(1) or rotate._straight_through(x, rounded))
+    toy = TOYS["gqa"]
+    walk.quantize_model(method.build("spinquant", steps=1, scale_gradient=scale_gradient), toy.model(), toy.calib())
+    assert bool(used) == scale_gradient
+    assert method.native("spinquant").options["scale_gradient"] is False, "as in the released code"
 
 
 def test_learning_lowers_the_loss_and_is_orthogonal_at_every_step(monkeypatch):
