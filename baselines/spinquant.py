@@ -38,14 +38,14 @@ class SpinQuant:
                    before down_proj at run time; and R3, one on queries and keys, where the key-value cache is rounded.
     inner:         "gptq" or "rtn", with their default options and this scheme.
     steps, learning_rate, batch: of the learning; batch counts sequences. The rate falls as half a cosine wave.
-    scale_gradient: whether gradients of the learning reach the scale of a token, which its largest entry sets, so that
-                   they see what a finer grid would gain; without it they pass straight through the rounding alone.
+    scale_gradient: whether gradients of the learning also reach the scale of a token, which its largest entry sets, so
+                   that they see what a finer grid would gain. As the released code has it, they pass straight through
+                   the rounding, and the scale is a constant.
     rotation_seed: of the start, and of the order of sequences.
     fallback:      what to take for a width that has no tabulated Hadamard matrix ("constructed", "block-hadamard",
                    "random", see `suite.hadamard.online`); "": such a model is an error.
 
-    Deviations: the Cayley step is solved exactly (`suite.stiefel`). The released code's gradient does not reach the
-    scale, nor does the native mode's. Sequences are those of the calibration set, seen as
+    Deviations: the Cayley step is solved exactly (`suite.stiefel`). Sequences are those of the calibration set, seen as
     often as the steps ask for, where the paper has 800 different ones; the record counts both. With 16-bit activations
     rotations would not change the loss, so they are learned with weights rounded to nearest, in place of activations.
     Embeddings are not centred: that is not neutral before an RMSNorm.
@@ -64,10 +64,11 @@ class SpinQuant:
     steps: int = 100
     learning_rate: float = 1.5
     batch: int = 8
-    scale_gradient: bool = True
+    scale_gradient: bool = False
     rotation_seed: int = 0
     fallback: str = ""
     rewrites_model = True  # its rules fit only the model that its plan has rotated
+    added = {"scale_gradient": False}
 
     def __post_init__(self):
         for kind, value, allowed in (
@@ -174,8 +175,4 @@ class SpinQuant:
         return rotate.Rotations(one(model.config.hidden_size), torch.stack([one(head) for _ in arch.layers(model)]))
 
 
-NATIVE = Native(
-    options={"symmetric": True, "group_size": 0, "abits": 8, "variant": "had", "scale_gradient": False},
-    nsamples=800,
-    seqlen=2048,
-)
+NATIVE = Native(options={"symmetric": True, "group_size": 0, "abits": 8, "variant": "had"}, nsamples=800, seqlen=2048)

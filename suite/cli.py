@@ -981,12 +981,14 @@ def ablate(
 @click.option("--steps", type=WHOLE, help="Of the learning.  [100]")
 @click.option("--batch", type=WHOLE, help="Sequences that a step sees.  [8; embedded models: 1]")
 @click.option("--learning-rate", type=float, help="Of the first step.  [1.5; embedded models: 30]")
+@click.option("--scale-gradient", is_flag=True, default=None, help="Gradients reach the scale of a token, too.")
 @click.option("--workers", type=WHOLE, default=1, show_default=True, help="Variants measured at the same time.")
 @options(TRUST)
 @click.option(
     "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
 )
-def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learning_rate, workers, results):
+def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learning_rate, scale_gradient, workers,
+              results):
     """Measure whether learning SpinQuant's rotations helps, and write the table spinquant.md.
 
     Learned, random-Hadamard, Hadamard and no rotation, at each number of bits and seed. Only what is missing in the
@@ -1009,7 +1011,7 @@ def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learn
     from suite.store import Store
 
     store, bits, numbers = Store(results, reports.SHELF), [int(word) for word in abits], [int(word) for word in seeds]
-    learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate}
+    learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "scale_gradient": scale_gradient}
     learning = {name: value for name, value in learning.items() if value is not None}
     announced: list[str] = []
     given = dict(wbits=wbits, variant=variant, nsamples=nsamples, learning=learning, store=store, workers=workers,

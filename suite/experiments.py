@@ -325,14 +325,15 @@ def severity_sweep(model: str, severities: Sequence[float], methods: Sequence[An
 
 def rotation_sweep(model: str, abits: Sequence[int] = (4, 8), seeds: Sequence[int] = (0, 1, 2), *, wbits: int = 4,
                    rotations: Sequence[str] = ROTATIONS, variant: str = "no_had",
-                   learning: Mapping[str, Any] | None = None, tasks: Sequence[str] = ("world_wiki_ppl",),
+                   learning: Mapping[str, Any] | None = None,
+                   tasks: Sequence[str] = ("world_wiki_ppl", "world_chat_ppl"),
                    **arguments: Any) -> list[Outcome]:
     """The runs behind the table "does learning the rotation help": SpinQuant's rotations at each scheme and seed.
 
     A seed is that of the calibration sequences and of the rotations. learning: options of SpinQuant for "learned"
-    (steps, batch, learning_rate), for an embedded model those of EMBEDDED_OPTIONS unless given. wbits: 16 shows what the
-    rounding of activations alone costs. arguments: as `reproduce` takes them. `suite.report.rotations.write` makes the
-    table.
+    (steps, batch, learning_rate, scale_gradient), for an embedded model those of EMBEDDED_OPTIONS unless given. wbits:
+    16 shows what the rounding of activations alone costs. arguments: as `reproduce` takes them.
+    `suite.report.rotations.write` makes the table.
     """
     usual = EMBEDDED_OPTIONS["spinquant"] if models.resolve(model).kind == "embedded" else {}
     learning = {**usual, **(learning or {})}

@@ -148,7 +148,9 @@ class Method(Protocol):
 
     Class attributes, where they differ from the usual: `needs_calibration = False` if no data decides its weights;
     `expected_failures = {check: reason}` for contract checks (suite.testing) that it cannot pass;
-    `rewrites_model = True` if its rules fit only the model that its plan has rewritten, so that no hybrid can have it.
+    `rewrites_model = True` if its rules fit only the model that its plan has rewritten, so that no hybrid can have it;
+    `added = {"option": value}` for options that came after results were recorded, with the value at which the method is
+    what it was: there they are left out of identities, so that records and baselines of before are still its own.
     """
 
     scheme: Scheme
@@ -444,12 +446,16 @@ def _convert(value: Any, hint: Any) -> Any:
 
 
 def to_config(method: Any) -> dict:
-    """JSON from which `from_config` rebuilds an equal method: {"method": name, "options": {...}}."""
+    """JSON from which `from_config` rebuilds an equal method: {"method": name, "options": {...}}; without the options
+    that the method came without, while they are what they were (`added`)."""
     if isinstance(method, Composed):
         return {"method": name_of(method), "parts": [to_config(method.transformer), to_config(method.rounding)]}
     options: dict[str, Any] = {}
+    added = getattr(method, "added", {})
     for f in dataclasses.fields(method):
         value = getattr(method, f.name)
+        if f.name in added and value == added[f.name]:
+            continue
         options.update(value.options if f.name == "scheme" else {f.name: list(value) if isinstance(value, tuple) else value})
     return {"method": name_of(method), "options": options}
 

@@ -159,7 +159,7 @@ def learn(
     weight: QuantSpec | None = None,
     tell: Callable[[int, str], None] | None = None,
     checkpointing: bool | None = None,
-    scale_gradient: bool = True,
+    scale_gradient: bool = False,
 ) -> tuple[Rotations, dict[str, Any]]:
     """Rotations that lower the loss of the model with rounded activations, and what is to be recorded of the way.
 
@@ -251,7 +251,7 @@ class _Network:
         act: QuantSpec | None,
         weight: QuantSpec | None,
         checkpointing: bool,
-        scale_gradient: bool = True,
+        scale_gradient: bool = False,
     ):
         self._model, self._tokens, self._act, self._weight = model, tokens, act, weight
         self._checkpointing, self._scale_gradient = checkpointing, scale_gradient

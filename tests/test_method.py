@@ -302,3 +302,11 @@ def test_untied_head_stays_untied(make_toy):
     head = arch.head(untied).weight
     arch.untie(untied)
     assert arch.head(untied).weight is head
+
+
+def test_an_option_that_came_later_leaves_earlier_records_their_method():
+    """At the value that stands for what was, the configuration is that of before; and both come back."""
+    plain, other = build("spinquant"), build("spinquant", scale_gradient=True)
+    assert "scale_gradient" not in to_config(plain)["options"] and to_config(other)["options"]["scale_gradient"] is True
+    assert from_config(to_config(plain)) == plain and from_config(to_config(other)) == other
+    assert "scale_gradient" in options_of("spinquant"), "it can be given like any other"

@@ -48,17 +48,17 @@ def swept(tmp_path, toy_folder, toy_text_file, monkeypatch):
     monkeypatch.setattr(FakeRunner, "calls", [])
     store = Store(tmp_path / "results")
     given = dict(store=store, calib_source=str(toy_text_file), nsamples=2, seqlen=64, runner=FakeRunner)
-    return store, lambda **more: experiments.rotation_sweep(str(toy_folder), **given, **more)
+    return store, lambda **more: experiments.rotation_sweep(str(toy_folder), **{**given, **more})
 
 
 def test_every_rotation_is_run_at_every_scheme_and_seed_once(swept):
     store, sweep = swept
     outcomes = sweep()
     runs = [(m.scheme.act.bits, seed, m.rotation) for m, seed in FakeRunner.calls if seed is not None]
-    assert sorted(runs) == sorted((a, s, r) for a in (4, 8) for s in range(3) for r in experiments.ROTATIONS)
+    assert sorted(runs) == sorted(2 * [(a, s, r) for a in (4, 8) for s in range(3) for r in experiments.ROTATIONS])
     assert all(m.rotation_seed == seed for m, seed in FakeRunner.calls if seed is not None)
-    assert len(FakeRunner.calls) == 25, "full precision is run once"
-    assert sum(o.measured for o in outcomes) == 25 and sum(o.found for o in outcomes) == 5
+    assert len(FakeRunner.calls) == 50, "on two texts; full precision is run once"
+    assert sum(o.measured for o in outcomes) == 50 and sum(o.found for o in outcomes) == 10
     FakeRunner.calls.clear()
     assert sum(o.measured for o in sweep()) == 0 and FakeRunner.calls == []
 
@@ -67,8 +67,10 @@ def test_the_table_compares_seed_by_seed(swept):
     store, sweep = swept
     model = sweep()[0].model
     text, numbers = (path.read_text() for path in rotations.write(store, model))
-    rows = {(row["scheme"], row["rotation"]): row for row in csv.DictReader(numbers.splitlines())}
-    assert len(rows) == 8
+    found = list(csv.DictReader(numbers.splitlines()))
+    assert [row["task"] for row in found] == 8 * ["world_wiki_ppl"] + 8 * ["world_chat_ppl"]
+    rows = {(row["scheme"], row["rotation"]): row for row in found[:8]}
+    assert len(rows) == 8 and {row["nsamples"] for row in found} == {"2"}
     learned = rows["W4A4 g128", "learned"]
     assert [float(learned[f"seed_{s}"]) for s in range(3)] == pytest.approx([10.4, 10.47, 10.45])
     assert float(learned["mean"]) == pytest.approx(10.44)
@@ -76,15 +78,27 @@ def test_the_table_compares_seed_by_seed(swept):
     assert float(learned["difference_error"]) == pytest.approx(0.01 / math.sqrt(3))
     assert rows["W4A4 g128", "random-hadamard"]["difference_mean"] == ""
     assert float(rows["W4A8 g128", "none"]["difference_mean"]) == pytest.approx(0.1)
-    assert "Full precision: 9.0000" in text and "-0.1900 ± 0.0058" in text and "learned (100 x 8, rate 1.5)" in text
+    assert "## wiki, full precision 9.0000" in text and "-0.1900 ± 0.0058" in text and "learned (100 x 8, rate 1.5)" in text
 
 
 def test_two_ways_of_learning_are_two_rows(swept):
     store, sweep = swept
     model = sweep(abits=(4,), seeds=(0,))[0].model
     sweep(abits=(4,), seeds=(0,), learning={"batch": 2})
+    sweep(abits=(4,), seeds=(0,), learning={"scale_gradient": True})
     rows = [row for row in rotations.table(store, model) if row["rotation"] == "learned"]
-    assert [row["learning"] for row in rows] == ["100 x 2, rate 1.5", "100 x 8, rate 1.5"]
+    assert [row["learning"] for row in rows] == [
+        "100 x 2, rate 1.5", "100 x 8, rate 1.5", "100 x 8, rate 1.5, through the scale"]
+
+
+def test_other_numbers_of_sequences_are_rows_with_a_control_of_their_own(swept):
+    store, sweep = swept
+    model = sweep(abits=(4,), seeds=(0,))[0].model
+    sweep(abits=(4,), seeds=(0, 1), nsamples=4)
+    rows = {(row["nsamples"], row["rotation"]): row for row in rotations.table(store, model)}
+    assert len(rows) == 8 and rows[2, "learned"]["seed_1"] is None
+    assert rows[2, "learned"]["difference_mean"] == pytest.approx(-0.20)
+    assert rows[4, "learned"]["difference_mean"] == pytest.approx(-0.195), "-0.20 and -0.19"
 
 
 def test_nothing_measured_gives_no_table(tmp_path):
@@ -100,7 +114,7 @@ def test_the_command_writes_the_table(tmp_path, toy_folder, monkeypatch, capsys)
         cli.main(command)
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    assert "Does learning the rotation help?" in out and "9 results measured" in out
+    assert "Does learning the rotation help?" in out and "18 results measured" in out
     with pytest.raises(SystemExit) as ended:
         cli.main([*command, "--seeds", "0", "--steps", "30", "--batch", "4", "--learning-rate", "5"])
     assert ended.value.code == 0 and "learned (30 x 4, rate 5)" in capsys.readouterr().out

@@ -24,15 +24,26 @@ ORDER = ("none", "random", "hadamard", "random-hadamard", "learned")
 CONTROL = "random-hadamard"  # the start of the learning: what every other row is compared with, seed by seed
 
 
-def write(store: Store, model: str, task: str = "world_wiki_ppl") -> list[Path]:
+def write(store: Store, model: str) -> list[Path]:
     """Writes the table of one model; returns the paths, none if there is nothing to show."""
-    rows = table(store, model, task)
+    folder, written = store.folder(model), []
+    for name, text in content(store, model).items():
+        write_text(folder / name, text)
+        written.append(folder / name)
+    return written
+
+
+def content(store: Store, model: str) -> dict[str, str]:
+    """The files of one model, text after text."""
+    found = {r.identity["task"]["name"] for r in _records(store, model)}
+    tasks = [*(task for task in data.TASKS if task in found), *sorted(found - {*data.TASKS})]
+    rows = [{"task": task, **row} for task in tasks for row in table(store, model, task)]
     if not rows:
-        return []
-    folder = store.folder(model)
-    write_text(folder / "spinquant.md", markdown(rows, model, task, full_precision(store, model, task)))
-    write_text(folder / "spinquant.csv", pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-    return [folder / "spinquant.md", folder / "spinquant.csv"]
+        return {}
+    return {
+        "spinquant.md": markdown(rows, model, {task: full_precision(store, model, task) for task in tasks}),
+        "spinquant.csv": pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"),
+    }
 
 
 def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[str, Any]]:
@@ -41,16 +52,7 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
 
     Of several calibration texts, limits, types or versions, those of the record measured last count.
     """
-    records = sorted(
-        (
-            r
-            for r in store.records(model=model, kind="evaluation", mode="matched")
-            if r.identity["method"].get("method") == "spinquant"
-            and r.identity["method"]["options"]["inner"] == "gptq"
-            and r.identity["task"]["name"] == task
-        ),
-        key=lambda r: r.provenance.get("date", ""),
-    )
+    records = [r for r in _records(store, model) if r.identity["task"]["name"] == task]
     found: dict[tuple, dict[int, float]] = {}
     for record in records:
         if _shared(record) == _shared(records[-1]):
@@ -79,6 +81,14 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
     return rows
 
 
+def _records(store: Store, model: str) -> list[Record]:
+    """The evaluations that the table is about, in the order of their measurement."""
+    found = store.records(model=model, kind="evaluation", mode="matched")
+    spun = [r for r in found if r.identity["method"].get("method") == "spinquant"]
+    inner = [r for r in spun if r.identity["method"]["options"]["inner"] == "gptq"]
+    return sorted(inner, key=lambda r: r.provenance.get("date", ""))
+
+
 def _shared(record: Record) -> tuple:
     """What all numbers of a table have in common."""
     identity = record.identity
@@ -97,7 +107,8 @@ def _learning(options: Mapping[str, Any]) -> str:
     """How rotations were learned."""
     if options["rotation"] != "learned":
         return ""
-    return f"{options['steps']} x {options['batch']}, rate {options['learning_rate']:g}"
+    through = ", through the scale" if options.get("scale_gradient") else ""
+    return f"{options['steps']} x {options['batch']}, rate {options['learning_rate']:g}{through}"
 
 
 def _summary(prefix: str, values: list[float]) -> dict[str, float | None]:
@@ -119,48 +130,37 @@ def full_precision(store: Store, model: str, task: str) -> float | None:
     return data.Score(max(found, key=lambda r: r.provenance.get("date", ""))).value if found else None
 
 
-def markdown(rows: list[Mapping[str, Any]], model: str, task: str, full: float | None) -> str:
-    seeds = [key for key in rows[0] if key.startswith("seed_")]
-    cells = [
-        [
-            row["scheme"],
-            row["variant"],
-            str(row["nsamples"]),
-            " ".join(filter(None, (row["rotation"], row["learning"] and f"({row['learning']})"))),
-            *(_number(row[seed]) for seed in seeds),
-            _number(row["mean"]),
-            _number(row["deviation"]),
-            _difference(row),
-        ]
-        for row in rows
-    ]
-    headings = [
-        "scheme",
-        "variant",
-        "sequences",
-        "rotation",
-        *(seed.replace("_", " ") for seed in seeds),
-        "mean",
-        "sd",
-        f"Δ {CONTROL}",
-    ]
-    reference = f" Full precision: {full:.4f}." if full is not None else ""
-    return (
+def markdown(rows: list[Mapping[str, Any]], model: str, full: Mapping[str, float | None]) -> str:
+    """rows: of `table`, each with its task; full: task -> the perplexity of the unquantized model."""
+    seeds = sorted({key for row in rows for key in row if key.startswith("seed_")}, key=lambda key: int(key[5:]))
+    headings = ["scheme", "variant", "sequences", "rotation", *(seed.replace("_", " ") for seed in seeds)]
+    headings += ["mean", "sd", f"Δ {CONTROL}"]
+    parts = [
         f"# Does learning the rotation help? {data.title_of(model)}\n\n"
-        f"{data.heading(task)} perplexity after each rotation and GPTQ.{reference} "
-        f"Sequences: of calibration, for the learning and for GPTQ. "
+        f"Perplexity after each rotation and GPTQ. Sequences: of calibration, for the learning and for GPTQ. "
         f"A seed is that of the calibration sequences, of the random start and of the order of the learning. "
         f"Δ: mean over seeds of the difference to {CONTROL} of the same seed and sequences, ± its standard error. "
-        f'"none" is GPTQ without a rotation. W16 leaves the weights as they are: there GPTQ has nothing to do.\n\n'
-        + tabulate(
-            cells,
-            headings,
-            tablefmt="github",
-            disable_numparse=True,
-            colalign=("left", "left", "right", "left", *("right",) * (len(seeds) + 3)),
-        )
-        + "\n"
-    )
+        f'"none" is GPTQ without a rotation. W16 leaves the weights as they are: there GPTQ has nothing to do.\n'
+    ]
+    for task, reference in full.items():
+        cells = [
+            [
+                row["scheme"],
+                row["variant"],
+                str(row["nsamples"]),
+                " ".join(filter(None, (row["rotation"], row["learning"] and f"({row['learning']})"))),
+                *(_number(row.get(seed)) for seed in seeds),
+                _number(row["mean"]),
+                _number(row["deviation"]),
+                _difference(row),
+            ]
+            for row in rows
+            if row["task"] == task
+        ]
+        alignment = ("left", "left", "right", "left", *("right",) * (len(seeds) + 3))
+        parts.append(f"## {data.heading(task)}" + (f", full precision {reference:.4f}" if reference is not None else ""))
+        parts.append(tabulate(cells, headings, tablefmt="github", disable_numparse=True, colalign=alignment))
+    return "\n\n".join(part.rstrip("\n") for part in parts) + "\n"
 
 
 def _number(value: float | None) -> str:
