@@ -34,11 +34,11 @@ def write(store: Store, model: str) -> list[Path]:
 
 
 def content(store: Store, model: str) -> dict[str, str]:
-    """The files of one model, text after text."""
+    """The files of one model, corpus after corpus; none if there is nothing to compare."""
     found = {r.identity["task"]["name"] for r in _records(store, model)}
     tasks = [*(task for task in data.TASKS if task in found), *sorted(found - {*data.TASKS})]
     rows = [{"task": task, **row} for task in tasks for row in table(store, model, task)]
-    if not rows:
+    if len({row["rotation"] for row in rows}) < 2:  # the row of a main table, which there is nothing to compare with
         return {}
     return {
         "spinquant.md": markdown(rows, model, {task: full_precision(store, model, task) for task in tasks}),
@@ -84,7 +84,7 @@ def table(store: Store, model: str, task: str = "world_wiki_ppl") -> list[dict[s
 def _records(store: Store, model: str) -> list[Record]:
     """The evaluations that the table is about, in the order of their measurement."""
     found = store.records(model=model, kind="evaluation", mode="matched")
-    spun = [r for r in found if r.identity["method"].get("method") == "spinquant"]
+    spun = [r for r in found if r.identity["method"]["method"] == "spinquant" and r.result["kind"] == "perplexity"]
     inner = [r for r in spun if r.identity["method"]["options"]["inner"] == "gptq"]
     return sorted(inner, key=lambda r: r.provenance.get("date", ""))
 
