@@ -83,13 +83,13 @@ def measure(shape: Mapping[str, Any], method: str, device: str, nsamples: int, s
     model = random_model(shape, place, dtype, layers)
     run = preflight.Run(preflight.Shape.of(model.config.to_dict()), nsamples, seqlen, preflight.bytes_of(dtype),
                         place.type == "cuda", preflight.candidates(configured),
-                        getattr(configured, "needs_calibration", True))
+                        getattr(configured, "needs_calibration", True), gram=getattr(configured, "needs_gram", True))
     gc.collect()
     expected = estimate(run, model, before := Meter.memory())  # now: quantized, the model has other parameters
     with Meter() as meter:
         walk.quantize_model(configured, model, data)
     peak = meter.told["peak_gpu_memory_mib"] if run.cuda else meter.told["peak_memory_mib"]
-    found = {"layers": len(model.model.layers), "method": method, "seconds": round(meter.seconds, 2),
+    found = {"layers": len(model.model.layers), "method": method, "seconds": round(meter.seconds, 3),
              "before_mib": round(before), "peak_mib": round(peak), "estimated_mib": round(expected),
              "share_of_matrix_products": None}
     if share and run.calibrated and not getattr(configured, "rewrites_model", False):
