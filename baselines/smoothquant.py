@@ -30,7 +30,7 @@ class SmoothQuant(Uniform):
 
     scheme: Scheme = Scheme()
     alpha: float = 0.5
-    needs_gram = False
+    solves = False
 
     def __post_init__(self):
         if not 0 <= self.alpha <= 1:

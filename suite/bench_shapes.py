@@ -83,7 +83,7 @@ def measure(shape: Mapping[str, Any], method: str, device: str, nsamples: int, s
     model = random_model(shape, place, dtype, layers)
     run = preflight.Run(preflight.Shape.of(model.config.to_dict()), nsamples, seqlen, preflight.bytes_of(dtype),
                         place.type == "cuda", preflight.candidates(configured),
-                        getattr(configured, "needs_calibration", True), gram=getattr(configured, "needs_gram", True))
+                        getattr(configured, "needs_calibration", True), solves=getattr(configured, "solves", True))
     gc.collect()
     expected = estimate(run, model, before := Meter.memory())  # now: quantized, the model has other parameters
     with Meter() as meter:

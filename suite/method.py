@@ -147,7 +147,8 @@ class Method(Protocol):
     """An entry of the benchmark: a frozen dataclass of hyper-parameters, all with defaults, one of them `scheme`.
 
     Class attributes, where they differ from the usual: `needs_calibration = False` if no data decides its weights;
-    `needs_gram = False` if no Gram matrix of inputs does, the largest thing that a quantization holds (suite.preflight);
+    `solves = False` if it uses data and yet solves nothing with a Gram matrix of inputs, which takes most of the memory
+    (suite.preflight);
     `expected_failures = {check: reason}` for contract checks (suite.testing) that it cannot pass;
     `rewrites_model = True` if its rules fit only the model that its plan has rewritten, so that no hybrid can have it;
     `added = {"option": value}` for options that came after results were recorded, with the value at which the method is

@@ -96,7 +96,7 @@ class Shape:
 @dataclass(frozen=True)
 class Run:
     """What is to be done. candidates: quantizations per layer, 1 for a plain method; calibrated: whether the method
-    reads activations; gram: and gathers Gram matrices of them; bytes: of a number; by_layer: weights read one layer at a
+    reads activations; solves: and solves with Gram matrices of them; bytes: of a number; by_layer: weights read one layer at a
     time; activations: a place of suite.depot; kept: whether anything is written; devices: on which candidates are tried
     side by side; learned: sequences that a rotation is learned on."""
 
@@ -112,7 +112,7 @@ class Run:
     kept: bool = True
     devices: int = 1
     learned: int = 0
-    gram: bool = True
+    solves: bool = True
 
     @property
     def tokens(self) -> int:
@@ -151,11 +151,11 @@ def need(run: Run) -> Need:
         held += s.layer_weights * b  # a twin of the layer, see suite.candidates
     work, live, scored = 4 * 5 * max(o * i for o, i in s.linears), 0.0, 0.0
     if run.calibrated:
-        if run.gram:
-            # All Gram matrices; four copies of one, and five of its site's weights, in float32 while it is solved.
-            work = 4 * sum(w * w for w in s.site_widths) + 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
+        if run.solves:  # four copies of a Gram matrix, and five of its site's weights, in float32
+            work = 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
         else:
             work += s.layer_weights * b  # the layer as it is before it is rounded
+        work += 4 * sum(w * w for w in s.site_widths)  # all Gram matrices
         batch = min(run.tokens, max(BATCH_TOKENS, run.seqlen))
         work += batch * (4 * s.inner + 6 * s.width) * b
         live = 2 * run.tokens * s.width * b
@@ -177,8 +177,8 @@ def operations(run: Run) -> float:
     if not run.calibrated:
         return 10.0 * s.layers * s.layer_weights
     one_pass = 2 * run.tokens * s.layer_weights + 2 * run.tokens * run.seqlen * s.heads * s.head_width
-    gram = 2 * run.tokens * sum(w * w for w in s.site_widths) * run.gram
-    solve = (sum(2 * w**3 for w in s.site_widths) + 4 * sum(o * i * i for o, i in s.linears) / 8) * run.gram
+    gram = 2 * run.tokens * sum(w * w for w in s.site_widths)
+    solve = (sum(2 * w**3 for w in s.site_widths) + 4 * sum(o * i * i for o, i in s.linears) / 8) * run.solves
     tried = math.ceil(run.candidates / run.devices)
     learning = 6 * run.learned * run.seqlen * (s.layers * s.layer_weights + s.vocabulary * s.width)  # forward and backward
     return s.layers * ((2 + tried) * one_pass + gram + tried * solve) + learning
@@ -347,7 +347,7 @@ def quantization(source: models.Source, method: Any, nsamples: int, seqlen: int,
     calibrated = getattr(method, "needs_calibration", True)
     run = Run(Shape.of(config_of(source)), nsamples, seqlen, bytes_of(dtype), device.type == "cuda",
               candidates(method), calibrated, kept=folder is not None, devices=devices, learned=learned(method),
-              gram=getattr(method, "needs_gram", True))
+              solves=getattr(method, "solves", True))
     whole_model = bool(getattr(method, "rewrites_model", False)) or source.outliers is not None
     if source.folder is not None and models.trusted(source.folder)[-1:] == ("pickled weights",):
         load = "whole" if load == "auto" else load  # a file of them is read as a whole
