@@ -462,11 +462,10 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
     Raises what a worker raised: a PTQError as it was, anything else with the worker's traceback as its text.
     """
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
-    waiting, told = context.SimpleQueue(), context.Queue()
-    for i in reversed(range(len(jobs))):  # hybrids stand last and take longest
-        waiting.put((i, jobs[i]))
-    for _ in range(workers):
-        waiting.put(None)
+    waiting, told = context.Queue(), context.Queue()
+    left = iter([(i, jobs[i]) for i in reversed(range(len(jobs)))])  # hybrids stand last and take longest
+    for _ in range(workers):  # one each, the next when that is done: a pipe holds few jobs, a process few open tensors
+        waiting.put(next(left, None))
     processes = [context.Process(target=_work, daemon=True,
                                  args=(waiting, told, plugins.loaded(), devices[k % len(devices)] if devices else None))
                  for k in range(workers)]
@@ -484,7 +483,9 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
                 continue
             if error is not None:
                 raise error
-            finished += steps == jobs[i].steps
+            if steps == jobs[i].steps:
+                finished += 1
+                waiting.put(next(left, None))
             done[i] = steps
             if progress:
                 progress(sum(done.values()), total, text)
@@ -493,6 +494,7 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
     finally:
         for process in processes:
             process.terminate()  # nothing to those that have ended
+        waiting.cancel_join_thread()  # what nobody took any more holds nobody up
         for process in processes:
             process.join()
 

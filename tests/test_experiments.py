@@ -310,6 +310,26 @@ def test_a_mistake_in_a_worker_reaches_the_user(run, toy_folder, monkeypatch):
         run(("fp16", "gptq"), TASKS[:1], limit=3, runner=None, workers=2)
 
 
+class _Large:
+    """A job with more in it than a pipe holds, and an open tensor."""
+
+    steps = 1
+
+    def __init__(self, number):
+        self.number, self.padding, self.tensor = number, b"x" * 300_000, torch.zeros(4)
+
+    def do(self, runner, loaded, tell):
+        assert len(self.padding) == 300_000 and not self.tensor.any()
+        tell(1, f"job {self.number}")
+
+
+def test_any_number_of_jobs_of_any_size_is_handed_out():
+    told = []
+    experiments._measure_side_by_side([_Large(k) for k in range(40)], 2, lambda done, total, text: told.append((done, text)))
+    assert sorted(text for _, text in told) == sorted(f"job {k}" for k in range(40))
+    assert [done for done, _ in told] == list(range(1, 41))
+
+
 def test_calibration_identity_tells_names_of_files_only():
     tokens = torch.zeros(2, 4, dtype=torch.long)
     assert experiments.told(calib.from_tokens(tokens, "/home/someone/text.txt"))["source"] == "text.txt"
