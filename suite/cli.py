@@ -442,7 +442,6 @@ def quantize(
     target, kept = several[0] if several else models.device_of(device), models.parse_dtype(dtype)
     planned = planned_quantization(found.fetched(), configured, mode, calib, nsamples, seqlen, out, target, kept, load,
                                    activations, len(several) or 1)
-    before = Meter.memory()
     loaded = models.load(model, dtype=kept, device=target, revision=revision, by_layer=planned.run.by_layer)
     note(loaded.note)
     choose_threads(loaded.model)
@@ -453,6 +452,7 @@ def quantize(
     count, length = (published.nsamples, published.seqlen) if mode == "native" else calibration.usual_size(source)
     length = windows.fit(seqlen, windows.max_positions(loaded.model), length)
     sequences = calibration.load(source, loaded.tokenizer, nsamples or count, length, seed)
+    before = Meter.memory() - models.weights_in_memory(loaded.model) / 2**20
     kv.set_(loaded.model, int(kvbits))
     made = {
         "model": loaded.identity,

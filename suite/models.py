@@ -245,6 +245,11 @@ def _file_digest(path: Path, size: int, modified: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def weights_in_memory(model: nn.Module) -> int:
+    """Bytes of a model's weights that stand in the host's memory."""
+    return sum(weight.nbytes for weight in model.parameters() if weight.device.type == "cpu")
+
+
 def digest_of(model: nn.Module) -> str:
     """sha256 over the tensors and the architecture of a model in memory: its identity where no folder gives one."""
     total = hashlib.sha256(model.config.model_type.encode())

@@ -96,9 +96,10 @@ class Shape:
 @dataclass(frozen=True)
 class Run:
     """What is to be done. candidates: quantizations per layer, 1 for a plain method; calibrated: whether the method
-    reads activations; solves: and solves with Gram matrices of them; bytes: of a number; by_layer: weights read one layer at a
-    time; activations: a place of suite.depot; kept: whether anything is written; devices: on which candidates are tried
-    side by side; learned: sequences that a rotation is learned on."""
+    reads activations; solves: and solves with Gram matrices of them; diagnosed: whether errors by layer are measured;
+    bytes: of a number; by_layer: weights read one layer at a time; activations: a place of suite.depot; kept: whether
+    anything is written; devices: on which candidates are tried side by side; learned: sequences that a rotation is
+    learned on."""
 
     shape: Shape
     nsamples: int
@@ -113,6 +114,7 @@ class Run:
     devices: int = 1
     learned: int = 0
     solves: bool = True
+    diagnosed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -150,14 +152,16 @@ def need(run: Run) -> Need:
     if run.devices > 1:
         held += s.layer_weights * b  # a twin of the layer, see suite.candidates
     work, live, scored = 4 * 5 * max(o * i for o, i in s.linears), 0.0, 0.0
+    if run.calibrated and run.solves:  # four copies of a Gram matrix, and five of its site's weights, in float32
+        work = 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
+    elif run.calibrated:
+        work += s.layer_weights * b  # the layer as it is before it is rounded
     if run.calibrated:
-        if run.solves:  # four copies of a Gram matrix, and five of its site's weights, in float32
-            work = 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
-        else:
-            work += s.layer_weights * b  # the layer as it is before it is rounded
         work += 4 * sum(w * w for w in s.site_widths)  # all Gram matrices
+    if run.calibrated or run.diagnosed:
         batch = min(run.tokens, max(BATCH_TOKENS, run.seqlen))
-        work += batch * (4 * s.inner + 6 * s.width) * b
+        # On a processor malloc keeps about as much again of what one operation after the other has freed.
+        work += batch * (4 * s.inner + 6 * s.width) * b * (1 if run.cuda else 2)
         live = 2 * run.tokens * s.width * b
         scored = (2 + min(run.candidates, 2)) * min(run.tokens, SCORED_TOKENS) * s.width * max(b, 4)
     work += held
@@ -263,7 +267,8 @@ class Plan:
                 "seqlen": self.run.seqlen}
 
     def against(self, measured: Mapping[str, Any], before: float) -> dict[str, Any]:
-        """The estimate beside the measured peak, in MiB, for the record. before: what the process had at the start."""
+        """The estimate beside the measured peak, in MiB, for the record. before: what the process had at the start, without
+        the model."""
         estimated = self.need.device / 2**20 if self.run.cuda else self.need.host / 2**20 + before
         peak = measured["peak_gpu_memory_mib"] if self.run.cuda else measured["peak_memory_mib"]
         return {"estimated_mib": round(estimated, 1), "measured_mib": peak, "by_layer": self.run.by_layer,
@@ -347,7 +352,7 @@ def quantization(source: models.Source, method: Any, nsamples: int, seqlen: int,
     calibrated = getattr(method, "needs_calibration", True)
     run = Run(Shape.of(config_of(source)), nsamples, seqlen, bytes_of(dtype), device.type == "cuda",
               candidates(method), calibrated, kept=folder is not None, devices=devices, learned=learned(method),
-              solves=getattr(method, "solves", True))
+              solves=getattr(method, "solves", True), diagnosed=nsamples > 0)
     whole_model = bool(getattr(method, "rewrites_model", False)) or source.outliers is not None
     if source.folder is not None and models.trusted(source.folder)[-1:] == ("pickled weights",):
         load = "whole" if load == "auto" else load  # a file of them is read as a whole

@@ -116,11 +116,13 @@ def test_each_worker_has_a_device_of_its_own(monkeypatch):
         experiments._work(SimpleNamespace(get=lambda: next(waiting)), told, (), device)
     assert [told.get()[2] for _ in range(2)] == ["cuda:1", "cuda"]
 
+    class Queue(queue.Queue):  # as one of multiprocessing
+        cancel_join_thread = staticmethod(lambda: None)
+
     started = []
     process = SimpleNamespace(start=lambda: None, terminate=lambda: None, join=lambda timeout=None: None)
-    context = SimpleNamespace(SimpleQueue=queue.SimpleQueue, Queue=queue.SimpleQueue,
-                              Process=lambda args, **_: (started.append(args[-1]), args[1].put((0, 1, "", None)),
-                                                         args[1].put((1, 1, "", None)), process)[-1])
+    context = SimpleNamespace(Queue=Queue, Process=lambda args, **_: (started.append(args[-1]), args[1].put((0, 1, "", None)),
+                                                                   args[1].put((1, 1, "", None)), process)[-1])
     monkeypatch.setattr(experiments.multiprocessing, "get_context", lambda _: context)
     experiments.run([Job(), Job()], None, devices=("cuda:0", "cuda:1"))
     experiments.run([Job(), Job()], 2, devices=())
