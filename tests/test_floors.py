@@ -19,6 +19,7 @@ LAYOUT = [
     (0, "suite", "lm_eval"),  # the package's own __init__: registers the model by name
     (0, "suite.errors", ""),
     (0, "suite.paths", ""),
+    (0, "suite.tokens", "torch"),
     (0, "suite.progress", "tqdm"),
     (0, "suite.stats", "numpy scipy"),
     (0, "suite.verdict", "numpy scipy statsmodels"),
