@@ -147,6 +147,17 @@ def test_only_what_a_grid_asks_for_is_run_and_it_lands_on_the_shelf(ablate, runn
     assert followed["follows_from"]["label"] == "cka-hybrid pool=rtn|gptq|smoothquant" and followed["seconds"] is None
 
 
+def test_a_first_look_takes_the_first_scheme_and_leaves_out_what_is_not_quick(ablate, runner):
+    text = """title: x
+schemes: [{wbits: 4, abits: 8}, {wbits: 3, abits: 8}]
+rows: [{name: a, method: gptq}, {name: b, method: rtn, quick: false}, {name: c, method: awq, schemes: [{wbits: 3}]}]"""
+    looked, whole = ablate(text, fast=True).sheets["mine"], ablate(text).sheets["mine"]
+    told = [[(sheet.scheme[:4], line.name) for sheet in sheets for line in sheet.lines if line.repeats]
+            for sheets in (looked, whole)]
+    assert told[0] == [("W4A8", "a"), ("W3A8", "c")]
+    assert {name for _, name in told[1]} == {"a", "b", "c"} and ("W3A8", "a") in told[1]
+
+
 def test_a_second_run_measures_nothing_and_an_interrupted_one_continues(ablate, runner, monkeypatch):
     monkeypatch.setattr(FakeRunner, "fail_at", 4)
     with pytest.raises(KeyboardInterrupt):

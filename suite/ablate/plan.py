@@ -20,7 +20,7 @@
 A row may have `uniform: true` (a baseline of the column `recovered`), `calibration: {nsamples: 16}`, and `schemes`,
 `tasks` and `layers` of its own. `repeat` varies one option, or the calibration's seed, and the row shows the mean.
 `small` holds options of a study for models of at most four layers, which are cheap enough for more; `quick` those of a
-first look (--fast), which takes a study at its first scheme only.
+first look (--fast), which takes everything at its first scheme only, and leaves out rows with `quick: false`.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _KEYS = {"title": str, "table": int, "says": str, "tasks": (str, list), "schemes
          "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "quick": dict,
          "layers": list, "large": (str, list)}
 _ROW_KEYS = {"name": str, "method": str, "options": dict, "repeat": dict, "best_of": list, "uniform": bool,
-             "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list)}
+             "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list), "quick": bool}
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,7 @@ class Row:
     schemes: tuple[Mapping[str, Any], ...] = ()
     layers: tuple[int, int] | None = None
     tasks: str | tuple[str, ...] = ""
+    quick: bool = True  # whether a first look has it
 
     def configurations(self) -> list[tuple[dict[str, Any], dict[str, int]]]:
         """(options of the method, of the calibration) of each repeat.

@@ -170,12 +170,14 @@ def _bench(name: str, wanted: Sequence[Experiment], store: Store, given: Mapping
 def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list[_Wanted]:
     """Every variant of every row that fits the model. Those of one scheme and calibration are planned together."""
     groups: dict[str, tuple[dict, dict, dict[str, Any]]] = {}
-    places = []
+    places, fast = [], bool(bench.given.get("fast"))
     for experiment in wanted:
         for row in experiment.rows:
             if not row.method or not row.fits(bench.layers) or not experiment.fits(bench.layers):
                 continue
-            for scheme in row.schemes or experiment.schemes:
+            if fast and not row.quick:
+                continue
+            for scheme in (row.schemes or experiment.schemes)[:1 if fast else None]:
                 for options, sampling in row.configurations():
                     given = _method(bench, row.method, scheme, options)
                     group = groups.setdefault(digest([scheme, sampling]), (dict(scheme), sampling, {}))
