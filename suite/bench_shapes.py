@@ -81,9 +81,8 @@ def measure(shape: Mapping[str, Any], method: str, device: str, nsamples: int, s
     dtype = models.default_dtype(place)
     configured, data = build(method), random_tokens(shape, nsamples, seqlen)
     model = random_model(shape, place, dtype, layers)
-    run = preflight.Run(preflight.Shape.of(model.config.to_dict()), nsamples, seqlen, preflight.bytes_of(dtype),
-                        place.type == "cuda", preflight.candidates(configured),
-                        getattr(configured, "needs_calibration", True), solves=getattr(configured, "solves", True))
+    run = preflight.Run.of(preflight.Shape.of(model.config.to_dict()), configured, nsamples, seqlen, dtype,
+                           place.type == "cuda")
     gc.collect()
     expected = estimate(run, model, before := Meter.memory())  # now: quantized, the model has other parameters
     with Meter() as meter:
@@ -102,8 +101,7 @@ def measure(shape: Mapping[str, Any], method: str, device: str, nsamples: int, s
 def estimate(run: preflight.Run, model: nn.Module, before: float) -> float:
     """MiB: of the GPU's memory in all, or of the process, which has the model's weights already among what it had before."""
     need = preflight.need(run)
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    return need.device / 2**20 if run.cuda else before + (need.host - weights) / 2**20
+    return need.device / 2**20 if run.cuda else before + (need.host - models.weights_in_memory(model)) / 2**20
 
 
 def in_its_own_process(*arguments: Any) -> dict[str, Any]:

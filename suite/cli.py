@@ -1345,8 +1345,7 @@ def _models() -> list[dict]:
         what = f"embedded: {e.family}, {e.layers} layers, width {e.hidden}{', tied embeddings' if e.tied else ''}"
         rows.append({"name": e.name, "what": what + ("" if trained else "; NOT TRAINED in this installation")})
     for name, known in known_models().items():
-        run = preflight.Run(preflight.Shape.of(known["shape"]), 128, 2048, preflight.bytes_of(dtype),
-                            device.type == "cuda", preflight.candidates(hybrid))
+        run = preflight.Run.of(preflight.Shape.of(known["shape"]), hybrid, 128, 2048, dtype, device.type == "cuda")
         need = preflight.need(run)
         lean = preflight.need(preflight.replace(run, by_layer=True, activations="disk"))
         memory = ["device", "host"][not run.cuda]

@@ -463,7 +463,7 @@ def _measure_side_by_side(jobs: Sequence[Job], workers: int, progress: Progress 
     """
     context = multiprocessing.get_context("spawn")  # a forked torch may hang
     waiting, told = context.Queue(), context.Queue()
-    left = iter([(i, jobs[i]) for i in reversed(range(len(jobs)))])  # hybrids stand last and take longest
+    left = iter(reversed(list(enumerate(jobs))))  # hybrids stand last and take longest
     for _ in range(workers):  # one each, the next when that is done: a pipe holds few jobs, a process few open tensors
         waiting.put(next(left, None))
     processes = [context.Process(target=_work, daemon=True,

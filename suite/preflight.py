@@ -116,6 +116,13 @@ class Run:
     solves: bool = True
     diagnosed: bool = False
 
+    @classmethod
+    def of(cls, shape: Shape, method: Any, nsamples: int, seqlen: int, dtype: torch.dtype, cuda: bool, **further: Any) -> Run:
+        """The run of a configured method; further: the fields that it does not decide."""
+        return cls(shape, nsamples, seqlen, bytes_of(dtype), cuda, candidates(method),
+                   getattr(method, "needs_calibration", True), learned=learned(method),
+                   solves=getattr(method, "solves", True), **further)
+
     @property
     def tokens(self) -> int:
         return self.nsamples * self.seqlen
@@ -152,11 +159,11 @@ def need(run: Run) -> Need:
     if run.devices > 1:
         held += s.layer_weights * b  # a twin of the layer, see suite.candidates
     work, live, scored = 4 * 5 * max(o * i for o, i in s.linears), 0.0, 0.0
-    if run.calibrated and run.solves:  # four copies of a Gram matrix, and five of its site's weights, in float32
-        work = 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
-    elif run.calibrated:
-        work += s.layer_weights * b  # the layer as it is before it is rounded
     if run.calibrated:
+        if run.solves:  # four copies of a Gram matrix, and five of its site's weights, in float32
+            work = 4 * max(4 * i * i + 5 * o * i for o, i in s.sites)
+        else:
+            work += s.layer_weights * b  # the layer as it is before it is rounded
         work += 4 * sum(w * w for w in s.site_widths)  # all Gram matrices
     if run.calibrated or run.diagnosed:
         batch = min(run.tokens, max(BATCH_TOKENS, run.seqlen))
@@ -349,10 +356,8 @@ def quantization(source: models.Source, method: Any, nsamples: int, seqlen: int,
     Raises PTQError if it does not fit."""
     device = device or models.default_device()
     dtype = dtype or models.default_dtype(device)
-    calibrated = getattr(method, "needs_calibration", True)
-    run = Run(Shape.of(config_of(source)), nsamples, seqlen, bytes_of(dtype), device.type == "cuda",
-              candidates(method), calibrated, kept=folder is not None, devices=devices, learned=learned(method),
-              solves=getattr(method, "solves", True), diagnosed=nsamples > 0)
+    run = Run.of(Shape.of(config_of(source)), method, nsamples, seqlen, dtype, device.type == "cuda",
+                 kept=folder is not None, devices=devices, diagnosed=nsamples > 0)
     whole_model = bool(getattr(method, "rewrites_model", False)) or source.outliers is not None
     if source.folder is not None and models.trusted(source.folder)[-1:] == ("pickled weights",):
         load = "whole" if load == "auto" else load  # a file of them is read as a whole

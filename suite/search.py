@@ -210,7 +210,7 @@ class Refinement:
         """(the assignment, what the record tells: objective on both halves before and after, moves, whether kept)."""
         start = [tuple(names) for names in start]
         self._prepare(start)
-        before = self._value(start, 0, 0), self._value(start, 0, 1)
+        before = [self._value(start, 0, 0), self._value(start, 0, 1)]
         best, values, moves = list(start), before, []
         for sweep in range(SWEEPS):
             moved = False
@@ -224,17 +224,17 @@ class Refinement:
                         continue
                     held = self._value(tried[name], i, 1)
                     if held < values[1]:
-                        best, values, moved = tried[name], (scores[name], held), True
+                        best, values, moved = tried[name], [scores[name], held], True
                         moves.append({"layer": i, "slot": s, "to": name})
                         self._advance(best, i)
             if not moved:
                 break
-        note = {"objective": self._objective, "before": list(before), "frozen": list(values), "moves": moves}
+        note = {"objective": self._objective, "before": before, "frozen": values, "moves": moves}
         if best == start:
-            return best, {**note, "after": list(before), "kept": False}
+            return best, {**note, "after": before, "kept": False}
         after = self._requantized(best)
         kept = after[1] < before[1]
-        return (best if kept else start), {**note, "after": list(after), "kept": kept}
+        return (best if kept else start), {**note, "after": after, "kept": kept}
 
     def _prepare(self, start: Sequence[Names]) -> None:
         """Quantizes every slot by every candidate behind the starting assignment, and keeps the edits."""
@@ -286,14 +286,14 @@ class Refinement:
             return self._references[half].distance(hidden)
         return float(token_nll(self._model, hidden, self._tokens[self._halves[half]]).mean())
 
-    def _requantized(self, assignment: Sequence[Names]) -> tuple[float, float]:
+    def _requantized(self, assignment: Sequence[Names]) -> list[float]:
         """The objective on both halves after the assignment is quantized from the first layer on."""
         feed: Tensor | None = None
         for view in walk(self._model, self._calib):
             fed = view if feed is None else view.fed_by(_kept(feed))
             rules = {name: plan[view.index] for name, plan in self._rules.items()}
             feed = fed.after(edit_of(fed, rules, assignment[view.index])).outputs()
-        return self._score(feed[self._halves[0]], 0), self._score(feed[self._halves[1]], 1)
+        return [self._score(feed[half], k) for k, half in enumerate(self._halves)]
 
 
 @torch.no_grad()

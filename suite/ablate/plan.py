@@ -85,8 +85,8 @@ class Row:
             return [(dict(self.options), {**self.calibration, key: value}) for value in values]
         return [({**self.options, key: value}, dict(self.calibration)) for value in values]
 
-    def fits(self, layers: int) -> bool:
-        return self.layers is None or self.layers[0] <= layers <= self.layers[1]
+    def fits(self, layers: int, fast: bool = False) -> bool:
+        return (self.quick or not fast) and (self.layers is None or self.layers[0] <= layers <= self.layers[1])
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,11 @@ class Experiment:
     def tasks_of(self, row: Row, layers: int) -> str | tuple[str, ...]:
         """The tasks of a row on a model of so many layers."""
         return row.tasks or (self.large if self.large and layers > SMALL_LAYERS else self.tasks)
+
+    def schemes_of(self, row: Row | None = None, fast: bool = False) -> tuple[Mapping[str, Any], ...]:
+        """The schemes of a row, or of the study; a first look has the first only."""
+        found = (row and row.schemes) or self.schemes
+        return found[:1] if fast else found
 
     def study_options(self, layers: int, fast: bool = False) -> dict[str, Any]:
         return {**self.options, **(self.small if layers <= SMALL_LAYERS else {}), **(self.quick if fast else {})}

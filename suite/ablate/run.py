@@ -170,14 +170,12 @@ def _bench(name: str, wanted: Sequence[Experiment], store: Store, given: Mapping
 def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list[_Wanted]:
     """Every variant of every row that fits the model. Those of one scheme and calibration are planned together."""
     groups: dict[str, tuple[dict, dict, dict[str, Any]]] = {}
-    places, fast = [], bool(bench.given.get("fast"))
+    places, fast = [], bench.given["fast"]
     for experiment in wanted:
         for row in experiment.rows:
-            if not row.method or not row.fits(bench.layers) or not experiment.fits(bench.layers):
+            if not row.method or not row.fits(bench.layers, fast) or not experiment.fits(bench.layers):
                 continue
-            if fast and not row.quick:
-                continue
-            for scheme in (row.schemes or experiment.schemes)[:1 if fast else None]:
+            for scheme in experiment.schemes_of(row, fast):
                 for options, sampling in row.configurations():
                     given = _method(bench, row.method, scheme, options)
                     group = groups.setdefault(digest([scheme, sampling]), (dict(scheme), sampling, {}))
@@ -331,7 +329,7 @@ def _studies(benches: Sequence[_Bench], wanted: Sequence[Experiment], store: Sto
             continue
         for bench in benches:
             if experiment.fits(bench.layers):
-                for scheme in experiment.schemes[:1] if bench.given["fast"] else experiment.schemes:
+                for scheme in experiment.schemes_of(fast=bench.given["fast"]):
                     found.append((_study(bench, experiment, scheme, store), experiment, bench))
     return found
 
@@ -418,7 +416,7 @@ def check(wanted: Sequence[Experiment]) -> None:
     mistakes = []
     for experiment in wanted:
         for row in experiment.rows:
-            for scheme in row.schemes or experiment.schemes:
+            for scheme in experiment.schemes_of(row):
                 try:
                     made = method.lookup(row.method.split("+")[0])() if row.method else SimpleNamespace(scheme=None)
                     if row.method and (made.scheme.weight.quantized or row.options):
