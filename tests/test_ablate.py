@@ -57,9 +57,30 @@ def test_a_grid_from_a_file(tmp_path):
 
 
 def test_larger_models_may_have_fewer_tasks():
-    experiment = plan.parse("x", "title: t\nlarge: wiki\nrows: [{name: a, method: rtn}]")
+    experiment = plan.parse("x", "title: t\nlarge: {tasks: wiki}\nrows: [{name: a, method: rtn}]")
     (row,) = experiment.rows
     assert experiment.tasks_of(row, 4) == "perplexity" and experiment.tasks_of(row, 5) == "wiki"
+    assert experiment.sampling_of(5) == {}
+
+
+@pytest.mark.parametrize("given, cut, named, fast", [
+    ({}, 16, 64, False), ({}, 4, 16, True), ({"nsamples": 32}, 32, 64, False)])
+def test_larger_embedded_models_may_have_less_calibration(tmp_path, monkeypatch, given, cut, named, fast):
+    """A row that names a number of its own keeps it, and so does a user who asks for one; a small model is not cut."""
+    experiment = plan.parse("x", """
+        title: t
+        large: {nsamples: 16}
+        rows: [{name: a, method: gptq}, {name: b, method: gptq, calibration: {nsamples: 64}}, {name: c, method: rtn}]
+    """)
+
+    def sizes(model):
+        bench = run._bench(model, [experiment], run.Store(tmp_path), {"fast": fast, "seed": 0, **given})
+        found = [one.planned.quantization(one.variant)["calibration"] for one in run._variants(
+            bench, [experiment], run.Store(tmp_path, run.SHELF))]
+        return [c and c["nsamples"] for c in found]
+
+    assert sizes("tiny-qwen-m") == [cut, named, None]
+    assert sizes("tiny-qwen-s")[0] == given.get("nsamples", 16 if fast else 64)
 
 
 @pytest.mark.parametrize("text, message", [
@@ -70,6 +91,8 @@ def test_larger_models_may_have_fewer_tasks():
     ("title: x\nrowz: []", "unknown key of experiment x 'rowz': did you mean 'rows'"),
     ("title: x\ntable: one\nrows: []", "table is 'one': expected is int"),
     ("title: x\nstudy: exhausting", "unknown study of experiment x 'exhausting': did you mean 'exhaustive'"),
+    ("title: x\nlarge: wiki\nrows: []", "large is 'wiki': expected is dict"),
+    ("title: x\nlarge: {task: wiki}\nrows: []", "unknown key of experiment x, large 'task': did you mean 'tasks'"),
     ("title: x\nrows: [{name: a}]", "a name, and either a method or best_of"),
     ("title: x\nrows: [{name: a, method: rtn, optoins: {}}]", "unknown key of experiment x, row 1 'optoins'"),
     ("title: x\nrows: [{name: a, method: rtn}, {name: a, method: gptq}]", "row 'a' stands there twice"),

@@ -212,6 +212,7 @@ def test_a_killed_training_continues_where_it_stopped(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(train, "CORPUS_TOKENS", 20_000)
     train.corpus_hash.cache_clear()
+        train.stream_hash.cache_clear()
     small = replace(zoo.TABLE["tiny-llama-s"], batch=2, length=64, layers=1)
     monkeypatch.setitem(zoo.TABLE, "tiny-llama-s", small)
     monkeypatch.setattr(zoo, "HERE", tmp_path)
@@ -225,6 +226,7 @@ def test_a_killed_training_continues_where_it_stopped(monkeypatch, tmp_path):
     finally:
         torch.set_num_threads(threads)
         train.corpus_hash.cache_clear()
+        train.stream_hash.cache_clear()
     assert hashlib.sha256((again / "model.safetensors").read_bytes()).hexdigest() == digest
     assert not list(Path(tmp_path).rglob("*.pt"))
 

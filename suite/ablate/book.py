@@ -48,21 +48,19 @@ def content(done: Ablated, experiments: Sequence[Experiment], root: Path | str,
 
 
 def greedy(done: Ablated) -> dict[tuple[str, str], list[str]]:
-    """(model, scheme) -> the choices of the hybrid as it is by default, in the order in which they were found."""
+    """(model, scheme) -> the choices of the hybrid as it is by default, in the order in which they were found. Of several
+    calibrations the main table's counts, else the first."""
     found: dict[tuple[str, str], list[str]] = {}
-    for sheets in done.sheets.values():
-        for sheet in sheets:
-            for line in sheet.lines:
-                for repeat in line.repeats[:1]:
-                    record = repeat.quantization
-                    usual = record is not None and record.result["label"] == data.HYBRID
-                    if usual and record.identity["calibration"] == _usual(done, sheet.model):
-                        found.setdefault((sheet.model, sheet.scheme), repeat.choices)
-    return found
-
-
-def _usual(done: Ablated, model: str):
-    return done.main[model].calibration
+    usual: dict[tuple[str, str], list[str]] = {}
+    for sheet in (sheet for sheets in done.sheets.values() for sheet in sheets):
+        for line in sheet.lines:
+            for repeat in line.repeats[:1]:
+                record, where = repeat.quantization, (sheet.model, sheet.scheme)
+                if record is not None and record.result["label"] == data.HYBRID:
+                    found.setdefault(where, repeat.choices)
+                    if record.identity["calibration"] == done.main[sheet.model].calibration:
+                        usual.setdefault(where, repeat.choices)
+    return found | usual
 
 
 def _stem(sheet: Sheet) -> str:

@@ -4,7 +4,8 @@
     table: 3                         # of the paper's list; figures have none
     says: What is varied, in a sentence or two.
     tasks: perplexity                # "perplexity", "wiki" (the first corpus), "all", or a list of names
-    large: wiki                      # the tasks of models of more than four decoder layers, where they are others
+    large: {tasks: wiki, nsamples: 16}  # models of more than four decoder layers: their tasks, where they are others, and,
+                                     # of the embedded ones, the calibration sequences (unless --nsamples says how many)
     schemes: [{wbits: 4, abits: 8}]
     against: full pool               # the row that the others are compared with; default: full precision
     rows:
@@ -51,7 +52,8 @@ STUDIES = ("exhaustive", "swaps", "degradation", "reconstruction", "statistics",
 CALIBRATION = ("seed", "nsamples", "seqlen")
 _KEYS = {"title": str, "table": int, "says": str, "tasks": (str, list), "schemes": list, "against": str, "rows": list,
          "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "quick": dict,
-         "layers": list, "large": (str, list)}
+         "layers": list, "large": dict}
+_LARGE_KEYS = {"tasks": (str, list), "nsamples": int}
 _ROW_KEYS = {"name": str, "method": str, "options": dict, "repeat": dict, "best_of": list, "uniform": bool,
              "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list), "quick": bool}
 
@@ -109,11 +111,15 @@ class Experiment:
     quick: Mapping[str, Any] = field(default_factory=dict)  # and of a first look
     note: str = ""
     layers: tuple[int, int] | None = None
-    large: str | tuple[str, ...] = ""  # tasks of models of more layers
+    large: Mapping[str, Any] = field(default_factory=dict)  # "tasks", "nsamples" of models of more layers
 
     def tasks_of(self, row: Row, layers: int) -> str | tuple[str, ...]:
         """The tasks of a row on a model of so many layers."""
-        return row.tasks or (self.large if self.large and layers > SMALL_LAYERS else self.tasks)
+        return row.tasks or (self.large.get("tasks", self.tasks) if layers > SMALL_LAYERS else self.tasks)
+
+    def sampling_of(self, layers: int) -> dict[str, int]:
+        """What the calibration of every row is cut to on an embedded model of so many layers."""
+        return {"nsamples": self.large["nsamples"]} if layers > SMALL_LAYERS and "nsamples" in self.large else {}
 
     def schemes_of(self, row: Row | None = None, fast: bool = False) -> tuple[Mapping[str, Any], ...]:
         """The schemes of a row, or of the study; a first look has the first only."""
@@ -185,7 +191,11 @@ def parse(name: str, text: str) -> Experiment:
     plain = {key: content[key] for key in ("title", "table", "says", "study", "options", "small", "quick", "note")
              if key in content}
     plain |= {key: tuple(content[key]) for key in ("schemes", "columns", "figures", "layers") if key in content}
-    plain |= {key: _tasks(content[key], where) for key in ("tasks", "large") if key in content}
+    if "tasks" in content:
+        plain["tasks"] = _tasks(content["tasks"], where)
+    if "large" in content:
+        _check(content["large"], _LARGE_KEYS, f"{where}, large")
+        plain["large"] = {key: _tasks(value, where) if key == "tasks" else value for key, value in content["large"].items()}
     return Experiment(name=name, rows=rows, against=against, **plain)
 
 

@@ -76,6 +76,11 @@ class _Bench:
         return {"all": self.tests.names, "perplexity": perplexities, "wiki": perplexities[:1]}[asked] if isinstance(
             asked, str) else tuple(asked)
 
+    def cut(self, experiment: Experiment) -> dict[str, int]:
+        """Calibration that an experiment saves on, on this model: never against what was asked for."""
+        free = self.source.kind == "embedded" and self.given.get("nsamples") is None
+        return experiment.sampling_of(self.layers) if free else {}
+
     @property
     def accuracy(self) -> str:
         return next((name for name in self.tests.names if not name.endswith("_ppl")), "")
@@ -177,6 +182,7 @@ def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list
                 continue
             for scheme in experiment.schemes_of(row, fast):
                 for options, sampling in row.configurations():
+                    sampling = {**bench.cut(experiment), **sampling}
                     given = _method(bench, row.method, scheme, options)
                     group = groups.setdefault(digest([scheme, sampling]), (dict(scheme), sampling, {}))
                     key = experiments.label(given) if not isinstance(given, str) else given

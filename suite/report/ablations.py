@@ -210,9 +210,22 @@ def markdown(experiment: Any, sheets: Sequence[Sheet], pictures: Sequence[str] =
         parts.append(f"## {data.title_of(sheet.model)}, {sheet.scheme}\n\n{table}\n")
     parts += [extra] if extra else []
     parts += ["\n".join(f"![{picture}]({picture})\n" for picture in pictures)] if pictures else []
-    notes = [*NOTES, *_column_notes(experiment, sheets)]
+    notes = [*NOTES, *_calibrations(sheets), *_column_notes(experiment, sheets)]
     parts.append("\n".join(f"- {note}" for note in notes) + "\n")
     return "\n".join(parts)
+
+
+def _calibrations(sheets: Sequence[Sheet]) -> list[str]:
+    """One note: on how many tokens each model was calibrated; where rows of a sheet differ, their names say it."""
+    models: dict[str, dict[str, None]] = {}
+    for sheet in sheets:
+        records = [repeat.quantization for line in sheet.lines for repeat in line.repeats if repeat.quantization]
+        sizes = {f"{c['nsamples']} x {c['seqlen']}" for record in records if (c := record.identity.get("calibration"))}
+        if sizes:
+            size = sizes.pop() if len(sizes) == 1 else "as the rows say"
+            models.setdefault(size, {})[data.title_of(sheet.model)] = None
+    told = "; ".join(f"{size} ({', '.join(names)})" for size, names in models.items())
+    return [f"Calibration tokens: {told}."] if models else []
 
 
 def _column_notes(experiment: Any, sheets: Sequence[Sheet]) -> list[str]:

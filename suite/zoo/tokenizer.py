@@ -2,6 +2,8 @@
 
 Vocabulary 1,024, every digit a token of its own. Llama: `<s>` is put first, `</s>` ends a document. Qwen2: nothing is put
 first, `<|endoftext|>` ends a document. Three special tokens each, so that ordinary tokens have the same ids in both families.
+How a text is split before the merges is the family's own rule: transformers reads every `qwen2` tokenizer with the rule of
+the real one, whatever its files say, so the model has to be trained with it (tests/test_zoo.py compares the two).
 """
 
 from __future__ import annotations
@@ -32,23 +34,32 @@ def learn() -> list[tuple[str, str]]:
 
 
 def splitter() -> pre_tokenizers.PreTokenizer:
+    """Digits one by one, the rest by the words of GPT-2: what the merges were learned on, and the Llama-like models."""
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+def qwen2(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """The tokenizer that transformers makes of these pieces for a `qwen2` model: Qwen's splitting rule and normal form."""
+    from transformers import Qwen2Tokenizer
+
+    return Qwen2Tokenizer(vocab=vocabulary, merges=merges, unk_token=None, pad_token="<|endoftext|>").backend_tokenizer
 
 
 def build(family: str) -> Tokenizer:
     """The tokenizer of a family: special tokens first, then the bytes, then the merges in their order."""
     merges = [tuple(line.split(" ")) for line in MERGES.read_text(encoding="utf-8").splitlines()]
     pieces = SPECIAL[family] + sorted(pre_tokenizers.ByteLevel.alphabet()) + ["".join(pair) for pair in merges]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=merges))
-    tokenizer.add_special_tokens(SPECIAL[family])
-    tokenizer.pre_tokenizer = splitter()
-    tokenizer.decoder = decoders.ByteLevel()
-    if family == "llama":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))])
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    if family == "qwen2":
+        tokenizer = qwen2(vocabulary, merges)
     else:
-        tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+        tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+        tokenizer.pre_tokenizer = splitter()
+        tokenizer.decoder = decoders.ByteLevel()
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])])
+    tokenizer.add_special_tokens(SPECIAL[family])
     return tokenizer
 
 

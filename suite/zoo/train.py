@@ -53,9 +53,15 @@ def corpus_hash() -> str:
     return digest.hexdigest()[:12]
 
 
+@functools.cache
+def stream_hash(family: str) -> str:
+    """Identifies the training tokens: the text, and the tokenizer that splits it."""
+    return hashlib.sha256((corpus_hash() + tokenizer.build(family).to_str()).encode()).hexdigest()[:12]
+
+
 def tokens(family: str) -> np.ndarray:
     """The training stream as token ids, uint16: documents one after the other with their end (and start) tokens."""
-    file = cache() / f"corpus-{family}-{corpus_hash()}.npy"
+    file = cache() / f"corpus-{family}-{stream_hash(family)}.npy"
     if not file.exists():
         coder = tokenizer.build(family)
         end = [coder.token_to_id("</s>" if family == "llama" else "<|endoftext|>")]
@@ -71,8 +77,8 @@ def tokens(family: str) -> np.ndarray:
 
 
 def checkpoint_file(name: str) -> Path:
-    """Where a run keeps its state; a change of the training text gives another file, so no run mixes two texts."""
-    return cache() / f"{name}-{corpus_hash()}.pt"
+    """Where a run keeps its state; other training tokens give another file, so no run mixes two texts."""
+    return cache() / f"{name}-{stream_hash(zoo.TABLE[name].family)}.pt"
 
 
 def new_model(facts: zoo.Embedded) -> torch.nn.Module:
