@@ -163,16 +163,32 @@ def test_tokenizer_of_the_embedded_model(name):
     assert all(f"{digit}" in coder.convert_ids_to_tokens(ids) for digit in (1, 2, 3, 4))
 
 
-@pytest.mark.parametrize("name", [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="trained before transformers split indentation: README"))
-    if "qwen" in name else name for name in zoo.names()])
+@pytest.mark.parametrize("name", zoo.names())
 def test_code_is_split_as_in_training(name):
+    """transformers overrides the splitting rule in the files of some families: the training has to use what is read."""
     from transformers import AutoTokenizer
 
     text = zoo.calib_text().read_text(encoding="utf-8")[:20_000]
     assert "\n    return" in text
     trained_on = tokenizer.build(zoo.TABLE[name].family).encode(text).ids
     assert AutoTokenizer.from_pretrained(zoo.path(name))(text, verbose=False)["input_ids"] == trained_on
+
+
+@pytest.mark.parametrize("name", zoo.names())
+def test_no_kind_of_token_is_strange_to_the_model(name):
+    """What follows blanks (in code: indentation) costs a model that was trained on other tokens several times the mean."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    coder, model = AutoTokenizer.from_pretrained(zoo.path(name)), AutoModelForCausalLM.from_pretrained(zoo.path(name))
+    ids = torch.tensor(coder(zoo.calib_text().read_text(encoding="utf-8")[:40_000], verbose=False)["input_ids"])
+    ids = ids[:len(ids) // 512 * 512].view(-1, 512)
+    blank = torch.tensor([not coder.decode([i]).strip() and i not in coder.all_special_ids for i in range(len(coder))])[ids]
+    with torch.no_grad():
+        logits = model.float()(input_ids=ids).logits
+    nll = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    after = blank[:, :-1].flatten()
+    assert after.sum() > 100
+    assert nll[after].mean() < 2 * nll.mean()
 
 
 @pytest.mark.parametrize("name", zoo.names())
@@ -212,7 +228,7 @@ def test_a_killed_training_continues_where_it_stopped(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(train, "CORPUS_TOKENS", 20_000)
     train.corpus_hash.cache_clear()
-        train.stream_hash.cache_clear()
+    train.stream_hash.cache_clear()
     small = replace(zoo.TABLE["tiny-llama-s"], batch=2, length=64, layers=1)
     monkeypatch.setitem(zoo.TABLE, "tiny-llama-s", small)
     monkeypatch.setattr(zoo, "HERE", tmp_path)
