@@ -22,6 +22,7 @@ from suite.candidates import Candidates, scores_against
 from suite.cka import CKA
 from suite.errors import PTQError
 from suite.method import LayerEdit, LayerView, Site
+from suite.method import edit_of as checked
 from suite.metrics import Lens
 from suite.walk import Live, walk
 
@@ -183,6 +184,20 @@ def check_number(distance: float, layer: int, metric: str, name: str) -> None:
 # ---------------------------------------------------------------------------------------------- refinement
 
 
+@dataclass(frozen=True)
+class Keeping:
+    """A layer's rule of one candidate that keeps what it makes: in `edits`, by layer, name and site ("" for the layer)."""
+
+    rule: Any
+    name: str
+    edits: dict[tuple[int, str, str], LayerEdit]
+
+    def quantize(self, layer: Any) -> LayerEdit:
+        edit = checked(self.rule, layer)
+        self.edits[layer.index, self.name, layer.sites[0].name if isinstance(layer, SiteView) else ""] = edit
+        return edit
+
+
 class Refinement:
     """Coordinate descent over a finished assignment: one slot at a time takes the method that lowers the objective.
 
@@ -192,11 +207,14 @@ class Refinement:
     from the first layer on, and taken only if the second half agrees that it is better than the start.
 
     Holds the weights of all candidates of all layers and the hidden states before each layer: for models that leave
-    that much memory free. After an interruption the candidates are quantized again, and no value is measured twice.
+    that much memory free. made: edits of candidates behind the starting assignment that are there already (`Keeping`).
+    After an interruption the candidates are quantized again, and no value is measured twice.
     """
 
-    def __init__(self, model: nn.Module, calib: Any, rules: Mapping[str, Sequence[Any]], objective: str):
+    def __init__(self, model: nn.Module, calib: Any, rules: Mapping[str, Sequence[Any]], objective: str,
+                 made: Mapping[tuple[int, str, str], LayerEdit] | None = None):
         self._model, self._calib, self._rules, self._objective = model, calib, rules, objective
+        self._made = made or {}
         self._tokens = calib.tokens.to(arch.embedding(model).weight.device)
         count = len(self._tokens)
         if count < 2:
@@ -243,18 +261,18 @@ class Refinement:
         for view in walk(self._model, self._calib, reference=True):
             fed = view if feed is None else view.fed_by(_kept(feed))
             names = start[view.index]
-            if len(names) == 1:
-                slots = [{name: plan[view.index].quantize(fed) for name, plan in self._rules.items()}]
-            else:
-                slots = [{name: plan[view.index].quantize(SiteView(fed, site)) for name, plan in self._rules.items()}
-                         for site in view.sites]
-            self._edits.append(slots)
+            slots = [("", fed)] if len(names) == 1 else [(site.name, SiteView(fed, site)) for site in view.sites]
+            self._edits.append([{name: self._edit(name, site, seen) for name in self._rules} for site, seen in slots])
             self._views.append(view)
             self._inputs.append(fed.inputs())
             feed = self._outputs(view.index, names, self._inputs[-1])
             last = view.reference
         if self._objective == "cka":
             self._references = [CKA(last[half]) for half in self._halves]
+
+    def _edit(self, name: str, site: str, layer: Any) -> LayerEdit:
+        there = self._made.get((layer.index, name, site))
+        return self._rules[name][layer.index].quantize(layer) if there is None else there.to(layer.device)
 
     @staticmethod
     def _with(assignment: Sequence[Names], i: int, s: int, name: str) -> list[Names]:

@@ -22,7 +22,7 @@ from suite.grid import Scheme
 from suite.method import LayerEdit, LayerView, Site, build, lookup
 from suite.metrics import METRICS, Lens, lens_of
 from suite.resume import Ledger
-from suite.search import OBJECTIVES, Assigned, Refinement, SiteView, beam, check_number, told
+from suite.search import OBJECTIVES, Assigned, Keeping, Refinement, SiteView, beam, check_number, told
 from suite.walk import REFERENCE_TOKENS, walk
 
 UNITS, SEARCHES, PICKS = ("layer", "site"), ("greedy", "beam"), ("closest", "farthest", "random")
@@ -229,16 +229,18 @@ class Hybrid:
     def _searched(self, model: nn.Module, calib: Any, plans: Mapping[str, Sequence[Any]], lens: Lens | None
                   ) -> list[Assigned]:
         """The assignment is found before anything is written; its layers are then quantized like any other's."""
+        edits: dict[tuple[int, str, str], LayerEdit] = {}  # what a refinement needs of the greedy search before it
+        kept = {name: [Keeping(rule, name, edits) for rule in plan] for name, plan in plans.items()}
         if self.search == "beam":
             found = beam(model, calib, plans, self.metric, self.width, self.score_tokens, lens)
             names = [(name,) for name in found.names]
             notes = [{"candidates": scores, "margin": _margin(scores, name, self.metric)}
                      for name, scores in zip(found.names, found.scores, strict=True)]
         else:
-            names, notes = self._rehearsed(model, calib, plans, lens)
+            names, notes = self._rehearsed(model, calib, kept if self.refine != "none" else plans, lens)
         if self.refine != "none":
             first = names
-            names, note = Refinement(model, calib, plans, self.refine).run(first)
+            names, note = Refinement(model, calib, plans, self.refine, edits).run(first)
             # scores were those of the layer behind another prefix, wherever an earlier choice has changed
             changed = [a != b for a, b in zip(first, names, strict=True)]
             notes = [{} if any(changed[:i + 1]) else one for i, one in enumerate(notes)]

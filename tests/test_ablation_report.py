@@ -148,8 +148,9 @@ def test_files_are_whole_and_repeatable():
 
 
 def study(name, result, model="toy", scheme="W4A8 g128"):
-    common = {"protocol": {"window": 512, "windows": 20}, "full": {"perplexity": 2.0, "nll": nll(2.0)}}
+    common = {"protocol": {"window": 512, "windows": 20, "sequences": 16}, "full": {"perplexity": 2.0, "nll": nll(2.0)}}
     identity = {"kind": "study", "study": name, "model": {"name": model, "digest": "d"}, "scheme": scheme,
+                "calibration": {"nsamples": 16, "seqlen": 256},
                 "task": {"name": "world_wiki_ppl", "limit": None}}
     return Study(model, Record(identity, {"label": name, **common, **result}, fake.provenance()))
 
@@ -319,6 +320,40 @@ def test_the_pareto_joins_the_bits_of_a_method():
     drawn = {handle.get_label(): handle.get_xydata().tolist() for handle in panel.get_lines()}
     assert [x for x, _ in drawn["gptq"]] == [3.125, 4.125] and drawn["gptq"][0][1] > drawn["gptq"][1][1]
     assert figures.pareto([sheet()]) is None  # one width is no curve
+
+
+def test_panels_have_no_rows_that_are_empty_in_both():
+    few = [line("gptq", "gptq"), line("cka-hybrid", "cka-hybrid")]
+    figure = figures.metrics([sheet(), sheet(scheme="W3A8 g128"), sheet(model="m", lines=few),
+                              sheet(model="m", lines=[few[0], line("awq", "awq")], scheme="W3A8 g128"), sheet(model="n")])
+    rows = [[label.get_text() for label in panel.get_yticklabels()] for panel in figure.axes]
+    every = [one.name for one in reversed(sheet().lines) if one.name != data.FULL]
+    assert rows[0] == rows[4] == rows[2] == every  # those on the right have no labels of their own
+    alone = figures.metrics([sheet(), sheet(), sheet(lines=few), sheet(lines=few[:1])]).axes[2]
+    assert [label.get_text() for label in alone.get_yticklabels()] == ["cka-hybrid", "gptq"]
+
+
+def test_a_page_tells_on_how_much_it_was_calibrated():
+    def calibrated(model, *sizes):
+        made = sheet(model=model)
+        for one, size in zip(made.lines[1:], sizes):
+            record = one.repeats[0].quantization
+            changed = {**record.identity, "calibration": size and {"nsamples": size, "seqlen": 512}}
+            one.repeats[0].quantization = Record(changed, record.result, record.provenance)
+        return made
+
+    sheets = [calibrated("a", 64, 64, 64), calibrated("b", 16, None, 16), calibrated("c", 8, 9, 9)]
+    page = ablations.markdown(experiment(), sheets)
+    assert "- Calibration tokens: 64 x 512 (a); 16 x 512 (b); as the rows say (c)." in page
+
+
+def test_a_study_tells_on_how_much_each_model_was_measured():
+    few = study("swaps", {}, model="large")
+    few.record.result["protocol"] = {"window": 512, "windows": 5, "sequences": 4}
+    same = "20 windows of 512 tokens, 16 calibration sequences of 256"
+    assert studies._protocols([study("swaps", {}), study("swaps", {}, model="b")]) == f"{same}."
+    assert studies._protocols([study("swaps", {}), few]) == (
+        f"{same} (toy). 5 windows of 512 tokens, 4 calibration sequences of 256 (large).")
 
 
 def test_nothing_to_draw_is_no_figure():

@@ -140,6 +140,27 @@ def test_a_refined_hybrid_is_quantized_as_it_was_assigned(planted, unit):
     assert states_equal(model, copy)
 
 
+@pytest.mark.parametrize("unit", ["layer", "site"])
+def test_a_refinement_quantizes_no_candidate_again_that_the_greedy_search_has_made(planted, unit, monkeypatch):
+    """What it takes over is, bit for bit, what it would have made."""
+    made, data = [], calib_of()
+
+    def counted(self, name, site, layer, original=Refinement._edit):
+        took = original(self, name, site, layer)
+        assert took is self._made[layer.index, name, site]
+        again = self._rules[name][layer.index].quantize(layer)
+        assert took.params.keys() == again.params.keys()
+        assert all(torch.equal(took.params[key], again.params[key]) for key in again.params)
+        made.append((layer.index, name, site))
+        return took
+
+    monkeypatch.setattr(Refinement, "_edit", counted)
+    model = planted()
+    quantized(model, data, refine="nll", unit=unit, wbits=3)
+    slots = 1 if unit == "layer" else len(arch.sites(model))
+    assert len(made) == len(set(made)) == len(arch.layers(model)) * 3 * slots
+
+
 def test_token_nll_is_the_models_own(make_toy):
     model, tokens = make_toy("qwen"), calib_of().tokens
     *_, last = walk.walk(model, calib_of())

@@ -227,11 +227,11 @@ def _main_jobs(bench: _Bench, rows: Sequence[_Wanted], whole: bool) -> dict[str,
     for job in bench.main.jobs:
         key = digest(bench.main.quantization(job.variant))
         if whole:
-            found[key] = job
+            found[key] = replace(job, share=True)
         elif key in shown:
             missing = tuple(task for task in job.missing if task in shown[key])
             if missing or job.unquantized:
-                found[key] = replace(job, missing=missing)
+                found[key] = replace(job, missing=missing, share=True)
     return found
 
 

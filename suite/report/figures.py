@@ -106,19 +106,23 @@ def error_growth(sheet: Sheet) -> Figure | None:
 
 
 def dots(sheets: Sequence[Sheet], value: Callable[[Sheet, Line, str], tuple[float, float, float] | None], label: str,
-         title: str, skip: Sequence[str] = (), zero: str = "", percent: bool = False) -> Figure | None:
-    """One panel per sheet, one row per line, one mark per corpus, with an interval where there is one."""
+         title: str, columns: int = 2) -> Figure | None:
+    """One panel per sheet, one row per line, one mark per corpus, with an interval where there is one. Panels side by side
+    have the same lines; those that neither has are left out."""
     if not sheets:
         return None
-    every = dict.fromkeys(line.name for sheet in sheets for line in sheet.lines)
-    names = [name for name in every if name not in (*skip, data.FULL)]
-    figure, axes = _panels(len(sheets), 5.4, 1.0 + 0.3 * len(names), sharey=True)
+    every = [name for name in dict.fromkeys(line.name for sheet in sheets for line in sheet.lines) if name != data.FULL]
+    beside = [sheets[k:k + columns] for k in range(0, len(sheets), columns)]
+    names = [[name for name in every if any(sheet.line(name) for sheet in row)] for row in beside]
+    heights = [1.0 + 0.3 * len(shown) for shown in names]
+    figure, axes = _panels(len(sheets), 5.4, sum(heights) / len(heights), columns, sharey="row",
+                           gridspec_kw={"height_ratios": heights})
     with matplotlib.rc_context(plots._RC):
-        for panel, sheet in zip(axes, sheets, strict=True):
-            tasks = sheet.of_kind("perplexity")
+        for k, (panel, sheet) in enumerate(zip(axes, sheets, strict=True)):
+            tasks, shown = sheet.of_kind("perplexity"), names[k // columns]
             for t, task in enumerate(tasks):
                 marker, fill = _CORPORA[t % len(_CORPORA)]
-                for y, name in enumerate(reversed(names)):
+                for y, name in enumerate(reversed(shown)):
                     line = sheet.line(name)
                     found = value(sheet, line, task) if line is not None else None
                     if found is None:
@@ -128,10 +132,8 @@ def dots(sheets: Sequence[Sheet], value: Callable[[Sheet, Line, str], tuple[floa
                     if low == low and high > low:
                         panel.plot([low, high], [at, at], color="black", linewidth=0.9, zorder=1)
                     panel.plot([middle], [at], marker, color="black", markerfacecolor=fill, markersize=5, zorder=2)
-            if zero:
-                panel.axvline(0, color="black", linewidth=0.7, linestyle=(0, (2, 2)))
-            panel.set_yticks(range(len(names)), list(reversed(names)))
-            panel.set_ylim(-0.6, len(names) - 0.4)
+            panel.set_yticks(range(len(shown)), list(reversed(shown)))
+            panel.set_ylim(-0.6, len(shown) - 0.4)
             panel.grid(axis="y", linewidth=0.3, color="#cccccc")
             panel.xaxis.set_major_locator(MaxNLocator(6))
             panel.set_title(_title(sheet), fontsize=9)
@@ -328,6 +330,9 @@ def reconstruction(studies: Sequence[Study]) -> Figure | None:
                 values += [a["perplexity"], b["perplexity"]]
             panel.axhline(study.result["full"]["perplexity"], color="black", linewidth=0.8, linestyle=(0, (1, 1)))
             panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(lambda tick, _: f"{tick:g}")
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.set_yscale("log")
             _few_ticks(panel, [*values, study.result["full"]["perplexity"]])
             panel.set(xlabel="1 − CKA of the layer's output")

@@ -247,15 +247,25 @@ BODIES: dict[str, Callable[..., tuple[str, Rows]]] = {
     "statistics": statistics, "cost": cost}
 
 
+def _protocols(studies: Sequence[Study]) -> str:
+    """On how much the studies were made; models that differ are named."""
+    models: dict[str, dict[str, None]] = {}
+    for study in studies:
+        protocol, calibration = study.result["protocol"], study.record.identity["calibration"]
+        size = (f"{protocol['windows']} windows of {protocol['window']} tokens, {protocol['sequences']} calibration sequences "
+                f"of {calibration['seqlen']}")
+        models.setdefault(size, {})[data.title_of(study.model)] = None
+    return " ".join(f"{size} ({', '.join(names)})." if len(models) > 1 else f"{size}." for size, names in models.items())
+
+
 def files(experiment: Any, studies: Sequence[Study], choices: Choices, sheets: Mapping[str, Sequence[Sheet]],
           pictures: Mapping[str, bytes]) -> dict[str, bytes]:
     """{file name: content} of a study's experiment, its pictures too."""
     body, rows = BODIES[experiment.study](studies, choices, sheets)
-    protocol = studies[0].result["protocol"]
     limit = studies[0].record.identity["task"].get("limit")
     limited = f"\n**LIMITED to the first {limit} windows: a quick look, not for citing.**\n" if limit else ""
-    about = (f"Test text: {data.heading(studies[0].record.identity['task']['name'])}, {protocol['windows']} windows "
-             f"of {protocol['window']} tokens. Computed layer by layer in this suite, not through lm-eval.")
+    about = (f"Test text: {data.heading(studies[0].record.identity['task']['name'])}. {_protocols(studies)} Computed layer by "
+             f"layer in this suite, not through lm-eval.")
     shown = "\n".join(f"![{name}]({name})\n" for name in pictures if name.endswith(".png"))
     page = (f"# {ablations.number(experiment)}{experiment.title}\n\n{' '.join(experiment.says.split())}\n{limited}\n"
             f"{about}\n\n{body}\n{shown}")
