@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,10 +147,10 @@ def runner(monkeypatch):
 
 @pytest.fixture
 def ablate(tmp_path, toy_folder, toy_text_file, runner):
-    def ablate(text=GRID, **changes):
+    def ablate(text=GRID, asked=False, **changes):
         given = dict(root=tmp_path / "results", calib_source=str(toy_text_file), nsamples=2, seqlen=64, runner=runner,
                      whole=False, tasks=("world_wiki_ppl", "world_chat_ppl", "world_events")) | changes
-        return run.ablate([str(toy_folder)], [plan.parse("mine", text)], **given)
+        return run.ablate([str(toy_folder)], [replace(plan.parse("mine", text), asked=asked)], **given)
     ablate.root = tmp_path / "results"
     return ablate
 
@@ -170,15 +171,49 @@ def test_only_what_a_grid_asks_for_is_run_and_it_lands_on_the_shelf(ablate, runn
     assert followed["follows_from"]["label"] == "cka-hybrid pool=rtn|gptq|smoothquant" and followed["seconds"] is None
 
 
-def test_a_first_look_takes_the_first_scheme_and_leaves_out_what_is_not_quick(ablate, runner):
+def test_a_first_look_takes_the_first_scheme(ablate, runner):
     text = """title: x
 schemes: [{wbits: 4, abits: 8}, {wbits: 3, abits: 8}]
-rows: [{name: a, method: gptq}, {name: b, method: rtn, quick: false}, {name: c, method: awq, schemes: [{wbits: 3}]}]"""
+rows: [{name: a, method: gptq}, {name: b, method: rtn, schemes: []}, {name: c, method: awq, schemes: [{wbits: 3}]}]"""
     looked, whole = ablate(text, fast=True).sheets["mine"], ablate(text).sheets["mine"]
     told = [[(sheet.scheme[:4], line.name) for sheet in sheets for line in sheet.lines if line.repeats]
             for sheets in (looked, whole)]
     assert told[0] == [("W4A8", "a"), ("W3A8", "c")]
-    assert {name for _, name in told[1]} == {"a", "b", "c"} and ("W3A8", "a") in told[1]
+    assert {name for _, name in told[1]} == {"a", "c"} and ("W3A8", "a") in told[1]
+
+
+def test_further_schemes_are_measured_when_asked_for_and_shown_when_they_are_there(ablate, runner):
+    """An experiment that is not named leaves them alone, as long as not all of a scheme is in the store."""
+    text = """title: x
+further: [{wbits: 3, abits: 8}]
+rows: [{name: a, method: gptq}, {name: b, method: awq, schemes: [], further: [{wbits: 4, abits: 8}]}]"""
+
+    def shown(text, asked):
+        done = ablate(text, asked=asked)
+        return done.measured, [(sheet.scheme[:4], line.name) for sheet in done.sheets["mine"] for line in sheet.lines]
+
+    assert shown(text, False)[1] == [("W4A8", "a")]
+    measured, lines = shown(text, True)
+    assert measured > 0 and lines == [("W4A8", "a"), ("W4A8", "b"), ("W3A8", "a")]
+    assert shown(text, False) == (0, lines)
+    assert shown(text.replace("name: a,", "name: a, options: {damp: 0.02},"), False)[1] == [("W4A8", "a"), ("W4A8", "b")]
+
+
+def test_a_study_at_a_further_scheme_is_done_when_asked_for(tmp_path, runner, monkeypatch):
+    text = "title: x\nstudy: statistics\noptions: {sequences: 2}\nfurther: [{wbits: 3, abits: 8}]"
+    experiment = plan.parse("mine", text)
+    bench = run._bench("tiny-llama-s", [experiment], run.Store(tmp_path), {"fast": False, "seed": 0})
+    schemes = {asked: [job.identity["scheme"][:4] for job, *_ in run._studies(
+        [bench], [replace(experiment, asked=asked)], run.Store(tmp_path))] for asked in (False, True)}
+    assert schemes == {False: ["W4A8"], True: ["W4A8", "W3A8"]}
+    job = run._studies([bench], [replace(experiment, asked=True)], run.Store(tmp_path))[1][0]
+    run.Store(tmp_path).put(run.Record(job.identity, {"label": "statistics"}, run.provenance.provenance(run._Unmeasured())))
+    assert len(run._studies([bench], [experiment], run.Store(tmp_path))) == 2
+
+
+def test_what_is_asked_for_by_name_has_its_further_schemes():
+    assert {e.asked for e in plan.load(["exhaustive", "pool"])} == {True} and {e.asked for e in plan.load()} == {False}
+    assert [measured for _, measured in plan.load(["exhaustive"])[0].schemes_of()] == [True, True]
 
 
 def test_a_second_run_measures_nothing_and_an_interrupted_one_continues(ablate, runner, monkeypatch):
@@ -384,7 +419,7 @@ def test_statistics_see_the_planted_channels(probe):
 def test_all_experiments_end_to_end(tmp_path, toy_text_file):
     """Every experiment of the suite on a toy of two layers: measured, drawn, and found again."""
     folder = toys.save_toy(tmp_path / "toy", layers=2)
-    wanted = plan.load()
+    wanted = plan.load(plan.names())
     given = dict(root=tmp_path / "results", calib_source=str(toy_text_file), nsamples=2, seqlen=64, limit=2, workers=1,
                  fast=True, tasks=("world_wiki_ppl", "world_events"), whole=False)
     done = run.ablate([str(folder)], wanted, **given)

@@ -7,6 +7,7 @@
     large: {tasks: wiki, nsamples: 16}  # models of more than four decoder layers: their tasks, where they are others, and,
                                      # of the embedded ones, the calibration sequences (unless --nsamples says how many)
     schemes: [{wbits: 4, abits: 8}]
+    further: [{wbits: 3, abits: 8}]  # measured only where the experiment is asked for by name; shown wherever it is there
     against: full pool               # the row that the others are compared with; default: full precision
     rows:
       - {name: full precision, method: fp16}
@@ -19,15 +20,15 @@
     layers: [1, 4]                   # only models with so many decoder layers
 
 A row may have `uniform: true` (a baseline of the column `recovered`), `calibration: {nsamples: 16}`, and `schemes`,
-`tasks` and `layers` of its own. `repeat` varies one option, or the calibration's seed, and the row shows the mean.
+`further`, `tasks` and `layers` of its own. `repeat` varies one option, or the calibration's seed, and the row shows the mean.
 `small` holds options of a study for models of at most four layers, which are cheap enough for more; `quick` those of a
-first look (--fast), which takes everything at its first scheme only, and leaves out rows with `quick: false`.
+first look (--fast), which takes everything at its first scheme only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ STUDIES = ("exhaustive", "swaps", "degradation", "reconstruction", "statistics",
 CALIBRATION = ("seed", "nsamples", "seqlen")
 _KEYS = {"title": str, "table": int, "says": str, "tasks": (str, list), "schemes": list, "against": str, "rows": list,
          "columns": list, "figures": list, "study": str, "options": dict, "note": str, "small": dict, "quick": dict,
-         "layers": list, "large": dict}
+         "layers": list, "large": dict, "further": list}
 _LARGE_KEYS = {"tasks": (str, list), "nsamples": int}
 _ROW_KEYS = {"name": str, "method": str, "options": dict, "repeat": dict, "best_of": list, "uniform": bool,
-             "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list), "quick": bool}
+             "calibration": dict, "schemes": list, "layers": list, "tasks": (str, list), "further": list}
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,10 @@ class Row:
     best_of: tuple[str, ...] = ()
     uniform: bool = False
     calibration: Mapping[str, int] = field(default_factory=dict)
-    schemes: tuple[Mapping[str, Any], ...] = ()
+    schemes: tuple[Mapping[str, Any], ...] | None = None
+    further: tuple[Mapping[str, Any], ...] = ()
     layers: tuple[int, int] | None = None
     tasks: str | tuple[str, ...] = ""
-    quick: bool = True  # whether a first look has it
 
     def configurations(self) -> list[tuple[dict[str, Any], dict[str, int]]]:
         """(options of the method, of the calibration) of each repeat.
@@ -87,8 +88,8 @@ class Row:
             return [(dict(self.options), {**self.calibration, key: value}) for value in values]
         return [({**self.options, key: value}, dict(self.calibration)) for value in values]
 
-    def fits(self, layers: int, fast: bool = False) -> bool:
-        return (self.quick or not fast) and (self.layers is None or self.layers[0] <= layers <= self.layers[1])
+    def fits(self, layers: int) -> bool:
+        return self.layers is None or self.layers[0] <= layers <= self.layers[1]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,8 @@ class Experiment:
     table: int | None = None
     tasks: str | tuple[str, ...] = "perplexity"
     schemes: tuple[Mapping[str, Any], ...] = ({"wbits": 4, "abits": 8},)
+    further: tuple[Mapping[str, Any], ...] = ()
+    asked: bool = False  # for by name: then the further schemes are measured, too
     against: str = ""
     rows: tuple[Row, ...] = ()
     columns: tuple[str, ...] = ()
@@ -121,10 +124,14 @@ class Experiment:
         """What the calibration of every row is cut to on an embedded model of so many layers."""
         return {"nsamples": self.large["nsamples"]} if layers > SMALL_LAYERS and "nsamples" in self.large else {}
 
-    def schemes_of(self, row: Row | None = None, fast: bool = False) -> tuple[Mapping[str, Any], ...]:
-        """The schemes of a row, or of the study; a first look has the first only."""
-        found = (row and row.schemes) or self.schemes
-        return found[:1] if fast else found
+    def schemes_of(self, row: Row | None = None, fast: bool = False) -> list[tuple[Mapping[str, Any], bool]]:
+        """The schemes of a row, or of the study, each with whether it is measured where it is not there; a first look has
+        the first only."""
+        usual, further = self.schemes, self.further
+        if row is not None and row.schemes is not None:
+            usual, further = row.schemes, row.further
+        found = [(scheme, True) for scheme in usual] + [(scheme, self.asked) for scheme in further]
+        return [one for one in found if one[1]][:1] if fast else found
 
     def study_options(self, layers: int, fast: bool = False) -> dict[str, Any]:
         return {**self.options, **(self.small if layers <= SMALL_LAYERS else {}), **(self.quick if fast else {})}
@@ -154,7 +161,7 @@ def load(wanted: Sequence[str] = ()) -> list[Experiment]:
                 raise PTQError(f"experiment file {name!r} does not exist: give a YAML file, "
                                f"or one of {', '.join(names())}")
             raise unknown("experiment", name, names())
-        found.append(parse(path.stem, path.read_text(encoding="utf-8")))
+        found.append(replace(parse(path.stem, path.read_text(encoding="utf-8")), asked=bool(wanted)))
     return sorted(found, key=lambda e: (e.table is None, e.table or 0, e.name))
 
 
@@ -190,7 +197,7 @@ def parse(name: str, text: str) -> Experiment:
         raise unknown(f"study of {where}", content["study"], STUDIES)
     plain = {key: content[key] for key in ("title", "table", "says", "study", "options", "small", "quick", "note")
              if key in content}
-    plain |= {key: tuple(content[key]) for key in ("schemes", "columns", "figures", "layers") if key in content}
+    plain |= {key: tuple(content[key]) for key in ("schemes", "further", "columns", "figures", "layers") if key in content}
     if "tasks" in content:
         plain["tasks"] = _tasks(content["tasks"], where)
     if "large" in content:
@@ -204,7 +211,7 @@ def _row(content: Any, where: str) -> Row:
     if "name" not in content or ("method" in content) == ("best_of" in content):
         raise PTQError(f"{where}: a row has a name, and either a method or best_of")
     made = dict(content)
-    for key in ("best_of", "schemes", "layers"):
+    for key in ("best_of", "schemes", "further", "layers"):
         if key in made:
             made[key] = tuple(made[key])
     if "repeat" in made:

@@ -50,6 +50,7 @@ class _Wanted:
     variant: experiments.Variant
     tasks: tuple[str, ...]
     planned: experiments.Planned
+    measured: bool = True  # else it is shown only if the store has it
 
     @property
     def key(self) -> str:
@@ -104,7 +105,7 @@ def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fas
     given = {"fast": fast, "seed": seed, "revision": revision, **given}
     open_store, shelf = Store(root), Store(root, SHELF)
     benches = [_bench(name, wanted, open_store, given) for name in names]
-    rows = {bench.model: _variants(bench, wanted, shelf) for bench in benches}
+    rows = {bench.model: _shown(_variants(bench, wanted, shelf), shelf) for bench in benches}
     jobs, done = {}, Ablated(models=tuple(bench.source.name for bench in benches), limit=benches[0].tests.limit)
     for bench in benches:
         done.main[bench.source.name] = bench.main.outcome.setting
@@ -113,7 +114,7 @@ def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fas
     later: dict[str, tuple[Any, _Wanted]] = {}
     for bench in benches:
         for one in rows[bench.model]:
-            missing = [task for task in one.tasks if shelf.find(one.planned.evaluation(one.variant, task)) is None]
+            missing = _missing(one, shelf)
             done.found += len(one.tasks) - len(missing)
             job = _job(one, missing, shelf)
             if job is None or one.key in jobs:
@@ -178,9 +179,9 @@ def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list
     places, fast = [], bench.given["fast"]
     for experiment in wanted:
         for row in experiment.rows:
-            if not row.method or not row.fits(bench.layers, fast) or not experiment.fits(bench.layers):
+            if not row.method or not row.fits(bench.layers) or not experiment.fits(bench.layers):
                 continue
-            for scheme in experiment.schemes_of(row, fast):
+            for scheme, measured in experiment.schemes_of(row, fast):
                 for options, sampling in row.configurations():
                     sampling = {**bench.cut(experiment), **sampling}
                     given = _method(bench, row.method, scheme, options)
@@ -188,7 +189,8 @@ def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list
                     key = experiments.label(given) if not isinstance(given, str) else given
                     group[2].setdefault(key, given)
                     varied = None if row.repeat is None else {**options, **sampling}.get(row.repeat[0])
-                    places.append((experiment, row, digest([scheme, sampling]), key, varied, str(Scheme.of(**scheme))))
+                    group_key, told = digest([scheme, sampling]), str(Scheme.of(**scheme))
+                    places.append((experiment, row, group_key, key, varied, told, measured))
     planned: dict[str, tuple[experiments.Planned, dict[str, experiments.Variant]]] = {}
     for name, (scheme, sampling, methods) in groups.items():
         arguments = {**bench.given, **_sampling(bench, sampling)}
@@ -196,8 +198,19 @@ def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list
                                  **arguments)
         planned[name] = found, dict(zip(methods, found.variants, strict=True))
     return [_Wanted(experiment.name, row, scheme, varied, planned[group][1][key],
-                    bench.tasks(experiment.tasks_of(row, bench.layers)), planned[group][0])
-            for experiment, row, group, key, varied, scheme in places]
+                    bench.tasks(experiment.tasks_of(row, bench.layers)), planned[group][0], measured)
+            for experiment, row, group, key, varied, scheme, measured in places]
+
+
+def _shown(rows: Sequence[_Wanted], store: Store) -> list[_Wanted]:
+    """Without those that are not to be measured, unless the store has all of an experiment at their scheme."""
+    lacking = {(one.experiment, one.scheme) for one in rows if not one.measured
+               and _job(one, _missing(one, store), store) is not None}
+    return [one for one in rows if one.measured or (one.experiment, one.scheme) not in lacking]
+
+
+def _missing(one: _Wanted, store: Store) -> list[str]:
+    return [task for task in one.tasks if store.find(one.planned.evaluation(one.variant, task)) is None]
 
 
 def _method(bench: _Bench, name: str, scheme: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
@@ -335,8 +348,10 @@ def _studies(benches: Sequence[_Bench], wanted: Sequence[Experiment], store: Sto
             continue
         for bench in benches:
             if experiment.fits(bench.layers):
-                for scheme in experiment.schemes_of(fast=bench.given["fast"]):
-                    found.append((_study(bench, experiment, scheme, store), experiment, bench))
+                for scheme, measured in experiment.schemes_of(fast=bench.given["fast"]):
+                    job = _study(bench, experiment, scheme, store)
+                    if measured or store.find(job.identity) is not None:
+                        found.append((job, experiment, bench))
     return found
 
 
@@ -422,7 +437,7 @@ def check(wanted: Sequence[Experiment]) -> None:
     mistakes = []
     for experiment in wanted:
         for row in experiment.rows:
-            for scheme in experiment.schemes_of(row):
+            for scheme, _ in experiment.schemes_of(row):
                 try:
                     made = method.lookup(row.method.split("+")[0])() if row.method else SimpleNamespace(scheme=None)
                     if row.method and (made.scheme.weight.quantized or row.options):
