@@ -17,6 +17,7 @@ import os
 import queue
 import random
 import signal
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -503,6 +504,7 @@ def _work(waiting: Any, told: Any, plugged: Sequence[str] = (), device: str | No
     """A worker: does the jobs that wait, until there is None. plugged: the plug-ins whose methods the jobs may hold;
     device: its own, in place of the jobs'."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its workers
+    _end_with_the_parent()
     warnings.simplefilter("ignore")
     for path in plugged:  # before the first job arrives, which is unpickled by the name of its class's module
         plugins.load(path)
@@ -516,6 +518,18 @@ def _work(waiting: Any, told: Any, plugged: Sequence[str] = (), device: str | No
             told.put((i, 0, "", error))
         except Exception:  # anything else is a bug, and its traceback would be lost with the process
             told.put((i, 0, "", RuntimeError(traceback.format_exc())))
+
+
+def _end_with_the_parent() -> None:
+    """Ends this process once its parent is gone, however: a worker whose parent was killed would wait for ever, unseen."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=watch, daemon=True).start()
 
 
 class Loaded:

@@ -1,5 +1,12 @@
 """Grids of runs: only what is missing is computed, nothing is lost, and nothing is mixed up."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import fake_records as fake
 import numpy as np
 import pytest
@@ -335,3 +342,36 @@ def test_calibration_identity_tells_names_of_files_only():
     assert experiments.told(calib.from_tokens(tokens, "/home/someone/text.txt"))["source"] == "text.txt"
     assert experiments.told(calib.from_tokens(tokens, "embedded"))["source"] == "embedded"
     assert experiments.told(None) is None
+
+
+WAITING = """
+import multiprocessing, signal
+from suite import experiments
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    waiting, told = context.Queue(), context.Queue()
+    worker = context.Process(target=experiments._work, args=(waiting, told), daemon=True)
+    worker.start()
+    waiting.put((0, "no job"))
+    told.get()  # what is wrong with that: now it waits for the next one
+    print(worker.pid, flush=True)
+    signal.pause()
+"""
+
+
+def test_a_worker_ends_with_a_parent_that_was_killed(tmp_path):
+    """Else it would hold its memory, and wait for work that nobody sends."""
+    (tmp_path / "waiting.py").write_text(WAITING)
+    parent = subprocess.Popen([sys.executable, str(tmp_path / "waiting.py")], stdout=subprocess.PIPE, text=True,
+                              cwd=Path(__file__).parents[1], env={**os.environ, "PYTHONPATH": "."})
+    worker = int(parent.stdout.readline())
+    os.kill(worker, 0)  # it is there
+    parent.kill()
+    parent.wait()
+    for _ in range(600):
+        if not Path(f"/proc/{worker}").exists() or "\nState:\tZ" in Path(f"/proc/{worker}/status").read_text():
+            return
+        time.sleep(0.1)
+    os.kill(worker, signal.SIGKILL)
+    pytest.fail("the worker outlived its parent by a minute")
