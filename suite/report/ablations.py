@@ -217,15 +217,26 @@ def markdown(experiment: Any, sheets: Sequence[Sheet], pictures: Sequence[str] =
 
 def _calibrations(sheets: Sequence[Sheet]) -> list[str]:
     """One note: on how many tokens each model was calibrated; where rows of a sheet differ, their names say it."""
-    models: dict[str, dict[str, None]] = {}
+    found = []
     for sheet in sheets:
         records = [repeat.quantization for line in sheet.lines for repeat in line.repeats if repeat.quantization]
         sizes = {f"{c['nsamples']} x {c['seqlen']}" for record in records if (c := record.identity.get("calibration"))}
         if sizes:
-            size = sizes.pop() if len(sizes) == 1 else "as the rows say"
-            models.setdefault(size, {})[data.title_of(sheet.model)] = None
-    told = "; ".join(f"{size} ({', '.join(names)})" for size, names in models.items())
-    return [f"Calibration tokens: {told}."] if models else []
+            found.append((sizes.pop() if len(sizes) == 1 else "as the rows say", sheet.model))
+    told = "; ".join(f"{size} ({models})" for size, models in models_by(found).items())
+    return [f"Calibration tokens: {told}."] if found else []
+
+
+def models_by(sizes: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """The models that share a size, in words, from pairs of size and model.
+
+    >>> models_by([("64 x 512", "a"), ("16 x 512", "b"), ("64 x 512", "c")])
+    {'64 x 512': 'a, c', '16 x 512': 'b'}
+    """
+    models: dict[str, dict[str, None]] = {}
+    for size, model in sizes:
+        models.setdefault(size, {})[data.title_of(model)] = None
+    return {size: ", ".join(names) for size, names in models.items()}
 
 
 def _column_notes(experiment: Any, sheets: Sequence[Sheet]) -> list[str]:

@@ -249,13 +249,14 @@ BODIES: dict[str, Callable[..., tuple[str, Rows]]] = {
 
 def _protocols(studies: Sequence[Study]) -> str:
     """On how much the studies were made; models that differ are named."""
-    models: dict[str, dict[str, None]] = {}
+    sizes = []
     for study in studies:
         protocol, calibration = study.result["protocol"], study.record.identity["calibration"]
         size = (f"{protocol['windows']} windows of {protocol['window']} tokens, {protocol['sequences']} calibration sequences "
                 f"of {calibration['seqlen']}")
-        models.setdefault(size, {})[data.title_of(study.model)] = None
-    return " ".join(f"{size} ({', '.join(names)})." if len(models) > 1 else f"{size}." for size, names in models.items())
+        sizes.append((size, study.model))
+    found = ablations.models_by(sizes)
+    return " ".join(f"{size} ({models})." if len(found) > 1 else f"{size}." for size, models in found.items())
 
 
 def files(experiment: Any, studies: Sequence[Study], choices: Choices, sheets: Mapping[str, Sequence[Sheet]],
