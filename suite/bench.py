@@ -177,13 +177,13 @@ def _repeated_candidate(model: nn.Module, calib: Calibration) -> tuple[list[floa
 def evaluation(name: str, print_: Callable[[str], None] = print, limit: int = 96) -> dict:
     """What a quantized model costs to evaluate, against the full-precision model: the same tokens through lm-eval, and
     generation of a fixed number of tokens."""
-    from suite import experiments, models
+    from suite import evaluation, models
     from suite.adapter import PTQ
 
     loaded = {kind: models.load(name) for kind in ("fp16", "rtn")}
     walk.quantize_model(build("rtn"), loaded["rtn"].model, None)
     harness = {kind: PTQ(one.model, tokenizer=one.tokenizer) for kind, one in loaded.items()}
-    tests = experiments.Tasks([task for task in experiments.EMBEDDED_TASKS if task != "world_math"], limit)
+    tests = evaluation.Tasks([task for task in evaluation.EMBEDDED_TASKS if task != "world_math"], limit)
     prompt = torch.randint(10, 500, (32, 64))
     ratios = {}
     for task in (*tests.names, "generation"):
@@ -191,7 +191,7 @@ def evaluation(name: str, print_: Callable[[str], None] = print, limit: int = 96
             if task == "generation":
                 loaded[kind].model.generate(prompt, max_new_tokens=48, min_new_tokens=48, do_sample=False, pad_token_id=0)
             else:
-                experiments.evaluate_quietly(harness[kind], tests, task)
+                evaluation.evaluate_quietly(harness[kind], tests, task)
 
         taken: dict[str, list[float]] = {"fp16": [], "rtn": []}
         for _ in range(3):  # in turns, so that what else the machine does falls on both

@@ -10,11 +10,13 @@ from typing import Any
 from suite import method, models
 from suite.adapter import PTQ
 from suite.errors import PTQError
-from suite.experiments import NUMERICS, Outcome, Tasks, evaluate_quietly, outcome_of
+from suite.evaluation import Tasks, evaluate_quietly, outcome_of
+from suite.experiments import Outcome
 from suite.grid import Scheme
 from suite.linear import QuantLinear
 from suite.provenance import Meter, provenance
 from suite.store import Record, Store, significant
+from suite.variants import NUMERICS
 
 _SHAPE = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size", "intermediate_size")
 

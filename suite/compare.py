@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from suite import baseline as references
-from suite import calib, checkpoints, experiments, method, models
+from suite import calib, checkpoints, experiments, measuring, method, models
 from suite.baseline import Baseline, Entry, Run
 from suite.errors import PTQError, unknown
 from suite.provenance import code, version
@@ -103,7 +103,7 @@ class Measured:
         """Does the jobs. Raises PTQError, before, if they do not fit into the memory."""
         source = models.resolve(self.model, self._revision)
         experiments.check_memory(self.jobs, source, self._store, announce)
-        experiments.run(self.jobs, workers, progress, runner)
+        measuring.run(self.jobs, workers, progress, runner)
 
     def floors(self) -> Floors:
         """What runs of each variant differ among themselves, per task, at most; once the jobs are done."""
@@ -176,7 +176,7 @@ def _kept(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _by_label(label: str, options: Mapping[str, Any]) -> Any:
-    """The method that a label of `experiments.label` stands for: its name if it has today's defaults, else built."""
+    """The method that a label of `variants.label` stands for: its name if it has today's defaults, else built."""
     name, *changed = label.split(" ")
     if not changed:
         return name

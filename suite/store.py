@@ -85,7 +85,7 @@ class Record:
     """One finished run. All three parts are JSON.
 
     identity:   "kind" ("quantization", "evaluation" or "study"), "model" {"name", "digest"}, "method", ...: see
-                `suite.experiments.Variant`. Everything that decides the result, and nothing else.
+                `suite.variants.Variant`. Everything that decides the result, and nothing else.
     result:     the numbers, and what is needed to test and draw them.
     provenance: versions, commit, hardware, time, memory, date: see `suite.provenance`.
 

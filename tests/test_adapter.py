@@ -463,7 +463,7 @@ def test_command_line_with_an_unknown_task(few_defaults, task_folder, toy_folder
 
 
 def test_an_unknown_task_is_told_without_reading_the_index_of_all(monkeypatch, tmp_path):
-    from suite.experiments import Tasks
+    from suite.evaluation import Tasks
 
     manager = adapter.task_manager
     monkeypatch.setattr(adapter, "task_manager", lambda *positional, include_defaults=False, **named: (

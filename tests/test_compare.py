@@ -8,7 +8,7 @@ from pathlib import Path
 import fake_records as fake
 import pytest
 
-from suite import baseline, compare, experiments, method, plugins, provenance
+from suite import baseline, compare, experiments, method, plugins, provenance, variants
 from suite.errors import PTQError
 from suite.report import verdicts
 from suite.report.comparison import Match, judge
@@ -274,8 +274,8 @@ def test_names_that_a_reference_lacks(frozen, given, asked, words):
                                   method.build("cka-hybrid", pool=("gptq", "rtn"), wbits=3), "fp16"])
 def test_a_label_gives_its_method_back(made):
     options = {"wbits": 3}
-    (label, configured, _), = experiments._build([made], options, "matched", {})
-    assert experiments._build([compare._by_label(label, options)], options, "matched", {})[0][:2] == (label, configured)
+    (label, configured, _), = variants.build_all([made], options, "matched", {})
+    assert variants.build_all([compare._by_label(label, options)], options, "matched", {})[0][:2] == (label, configured)
 
 
 # ---------------------------------------------------------------------------------------------- the command line

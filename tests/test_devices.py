@@ -15,7 +15,7 @@ import pytest
 import torch
 import toys
 
-from suite import calib, candidates, depot, experiments, models, walk
+from suite import calib, candidates, depot, measuring, models, walk
 from suite.errors import PTQError
 from suite.method import build
 
@@ -113,7 +113,7 @@ def test_each_worker_has_a_device_of_its_own(monkeypatch):
     told = queue.SimpleQueue()
     for device in ("cuda:1", None):
         waiting = iter([(0, Job()), None])
-        experiments._work(SimpleNamespace(get=lambda: next(waiting)), told, (), device)
+        measuring._work(SimpleNamespace(get=lambda: next(waiting)), told, (), device)
     assert [told.get()[2] for _ in range(2)] == ["cuda:1", "cuda"]
 
     class Queue(queue.Queue):  # as one of multiprocessing
@@ -123,9 +123,9 @@ def test_each_worker_has_a_device_of_its_own(monkeypatch):
     process = SimpleNamespace(start=lambda: None, terminate=lambda: None, join=lambda timeout=None: None)
     context = SimpleNamespace(Queue=Queue, Process=lambda args, **_: (started.append(args[-1]), args[1].put((0, 1, "", None)),
                                                                    args[1].put((1, 1, "", None)), process)[-1])
-    monkeypatch.setattr(experiments.multiprocessing, "get_context", lambda _: context)
-    experiments.run([Job(), Job()], None, devices=("cuda:0", "cuda:1"))
-    experiments.run([Job(), Job()], 2, devices=())
+    monkeypatch.setattr(measuring.multiprocessing, "get_context", lambda _: context)
+    measuring.run([Job(), Job()], None, devices=("cuda:0", "cuda:1"))
+    measuring.run([Job(), Job()], 2, devices=())
     assert started == ["cuda:0", "cuda:1", None, None]
 
 

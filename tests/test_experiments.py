@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_records as fake
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from suite import calib, experiments, method
+from suite import calib, experiments, measuring, method, variants
 from suite.errors import PTQError
-from suite.experiments import Tasks, label, outcome_of, reproduce
+from suite.evaluation import Tasks, outcome_of
+from suite.experiments import reproduce
 from suite.store import Store
+from suite.variants import label
 
 TASKS = ("world_wiki_ppl", "world_events")
 METHODS = ("fp16", "rtn", "gptq")
@@ -121,7 +124,7 @@ def test_another_numerics_version_or_library_reuses_nothing(run, runner, monkeyp
     for name, value in (("NUMERICS", 99), ("version", lambda package: "0.0")):
         runner.calls.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(experiments, name, value)
+            patch.setattr(variants, name, value)
             run(["fp16"])
         assert len(runner.calls) == 3
 
@@ -240,7 +243,7 @@ def test_filters_are_kept_apart():
 
 def test_for_real_on_the_toy(run, tmp_path, toy_text):
     """Runner and adapter: the perplexity stored is that of a direct computation, and its windows give it again."""
-    outcome = run(("fp16", "rtn"), ("world_wiki_ppl", "world_events"), limit=3, runner=experiments.Runner)
+    outcome = run(("fp16", "rtn"), ("world_wiki_ppl", "world_events"), limit=3, runner=measuring.Runner)
     assert outcome.measured == 4
     by = {(r.result["label"], r.identity["task"]["name"]): r for r in run.store.records(kind="evaluation")}
     record = by["fp16", "world_wiki_ppl"]
@@ -267,7 +270,7 @@ def test_the_same_model_is_not_evaluated_twice(run, runner, monkeypatch):
     for share in (True, False):
         jobs = experiments.plan(run.folder, ["gptq", "rtn", "awq"], TASKS, **given, fresh=True).jobs
         runner.calls.clear()
-        experiments.run([experiments.replace(job, share=share) for job in jobs], runner=runner)
+        measuring.run([replace(job, share=share) for job in jobs], runner=runner)
         evaluated = [call for call in runner.calls if call[1] != "quantize"]
         expected = ("gptq", "rtn") if share else ("gptq", "rtn", "awq")
         assert evaluated == [(name, task) for name in expected for task in TASKS]
@@ -310,9 +313,9 @@ def test_side_by_side_gives_the_same_records(run, tmp_path):
 @pytest.mark.slow
 def test_a_mistake_in_a_worker_reaches_the_user(run, toy_folder, monkeypatch):
     """What fails in another process fails here, as itself."""
-    variants = experiments._variants
-    monkeypatch.setattr(experiments, "_variants", lambda *a: [
-        experiments.replace(v, calibration=None, diagnosed_on=None) if v.label == "gptq" else v for v in variants(*a)])
+    made = experiments.variants_of
+    monkeypatch.setattr(experiments, "variants_of", lambda *a: [
+        replace(v, calibration=None, diagnosed_on=None) if v.label == "gptq" else v for v in made(*a)])
     with pytest.raises(PTQError, match="needs calibration data"):
         run(("fp16", "gptq"), TASKS[:1], limit=3, runner=None, workers=2)
 
@@ -332,26 +335,26 @@ class _Large:
 
 def test_any_number_of_jobs_of_any_size_is_handed_out():
     told = []
-    experiments._measure_side_by_side([_Large(k) for k in range(40)], 2, lambda done, total, text: told.append((done, text)))
+    measuring._measure_side_by_side([_Large(k) for k in range(40)], 2, lambda done, total, text: told.append((done, text)))
     assert sorted(text for _, text in told) == sorted(f"job {k}" for k in range(40))
     assert [done for done, _ in told] == list(range(1, 41))
 
 
 def test_calibration_identity_tells_names_of_files_only():
     tokens = torch.zeros(2, 4, dtype=torch.long)
-    assert experiments.told(calib.from_tokens(tokens, "/home/someone/text.txt"))["source"] == "text.txt"
-    assert experiments.told(calib.from_tokens(tokens, "embedded"))["source"] == "embedded"
-    assert experiments.told(None) is None
+    assert variants.told(calib.from_tokens(tokens, "/home/someone/text.txt"))["source"] == "text.txt"
+    assert variants.told(calib.from_tokens(tokens, "embedded"))["source"] == "embedded"
+    assert variants.told(None) is None
 
 
 WAITING = """
 import multiprocessing, signal
-from suite import experiments
+from suite import measuring
 
 if __name__ == "__main__":
     context = multiprocessing.get_context("spawn")
     waiting, told = context.Queue(), context.Queue()
-    worker = context.Process(target=experiments._work, args=(waiting, told), daemon=True)
+    worker = context.Process(target=measuring._work, args=(waiting, told), daemon=True)
     worker.start()
     waiting.put((0, "no job"))
     told.get()  # what is wrong with that: now it waits for the next one

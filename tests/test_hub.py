@@ -28,7 +28,7 @@ import json, os, sys, time
 import datasets, transformers.models.auto.modeling_auto  # noqa: before the clock starts
 from suite import hub, models, trust
 from suite.errors import PTQError
-from suite.experiments import Tasks
+from suite.evaluation import Tasks
 for line in sys.stdin:
     start = time.perf_counter()
     try:
@@ -221,7 +221,7 @@ def copies(tmp_path, monkeypatch):
 
 
 def test_local_copies_stand_in_for_the_hub(copies):
-    from suite.experiments import Tasks
+    from suite.evaluation import Tasks
 
     tests = Tasks(["gsm8k", "mmlu_anatomy", "humaneval", "wikitext2_ppl"], allow_code_execution=True)
     loaded = {name: tests.loaded(name)["tasks"][name] for name in tests.names}

@@ -203,13 +203,13 @@ def test_the_command_refuses_and_tells(toy_folder, tmp_path, monkeypatch, capsys
 
 def test_every_long_command_tells_and_refuses(ptq, toy_folder, toy_text_file, tmp_path, monkeypatch):
     """Where a model counts as large, or there is much to calibrate on."""
-    from suite import experiments
+    from suite import experiments, measuring
     from suite.adapter import PTQ
 
     monkeypatch.setattr(experiments, "_ANNOUNCED_TOKENS", 1)
     monkeypatch.setattr(preflight, "LARGE_WIDTH", 1)
     monkeypatch.setattr(preflight, "rate", lambda *_: 1e9)
-    monkeypatch.setattr(experiments, "run", lambda *_, **__: pytest.fail("went on"))
+    monkeypatch.setattr(measuring, "run", lambda *_, **__: pytest.fail("went on"))
     given = ["--calib", toy_text_file, "--nsamples", "2", "--seqlen", "32", "--tasks", "world_events", "--limit", "1"]
     lines = [["reproduce", toy_folder, "--methods", "fp16,rtn", *given],
              ["compare", "gptq", "--against", "rtn", "--model", toy_folder, *given, "--repeats", "0"],

@@ -17,7 +17,7 @@ from lm_eval.evaluator import evaluate
 
 from suite import adapter, hub, paths
 from suite.errors import PTQError
-from suite.experiments import Tasks, evaluate_quietly, outcome_of
+from suite.evaluation import Tasks, evaluate_quietly, outcome_of
 
 REAL = os.environ.get(hub.DATA_DIR)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from suite import cli, experiments, method, plugins, testing, walk
+from suite import cli, experiments, measuring, method, plugins, testing, variants, walk
 from suite.adapter import PTQ
 from suite.errors import PTQError
 from suite.store import Store
@@ -70,7 +70,7 @@ def test_the_name_is_that_of_the_file(write):
     assert plugins.load(write()) == ("mine",) and "mine" in method.names()
     made = method.build("mine", shrink="0.8", wbits=3)
     assert method.from_config(json.loads(json.dumps(method.to_config(made)))) == made
-    assert experiments.label(made) == "mine shrink=0.8"
+    assert variants.label(made) == "mine shrink=0.8"
 
 
 def test_a_file_may_name_its_methods(write):
@@ -125,7 +125,7 @@ def test_workers_load_the_plug_ins_before_the_first_job(write):
         def get(self):
             assert "mine" in method.names()
 
-    experiments._work(Waiting(), None, (str(write()),))
+    measuring._work(Waiting(), None, (str(write()),))
 
 
 def test_an_edited_file_never_gets_its_former_results(write, tmp_path, toy_folder, toy_text_file):

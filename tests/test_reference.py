@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from suite import experiments, zoo
+from suite import evaluation, experiments, zoo
 from suite.ablate import book, plan, run
 from suite.report import data, rotations, tables
 from suite.store import Store
@@ -14,7 +14,7 @@ REFERENCE = Path(__file__).resolve().parents[1] / "results"
 
 @pytest.fixture(scope="module")
 def tests():
-    return experiments.Tasks(experiments.EMBEDDED_TASKS)
+    return evaluation.Tasks(evaluation.EMBEDDED_TASKS)
 
 
 @pytest.mark.parametrize("name", zoo.names())

@@ -214,7 +214,7 @@ def test_answers_are_asked_once(tmp_path, toy_folder, monkeypatch, task):
 
     from suite import models
     from suite.adapter import PTQ
-    from suite.experiments import Tasks, evaluate_quietly, outcome_of
+    from suite.evaluation import Tasks, evaluate_quietly, outcome_of
 
     tests = Tasks([task], limit=4)
     harness = PTQ(str(toy_folder), batch_size=2)

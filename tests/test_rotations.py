@@ -8,7 +8,7 @@ import math
 import fake_records as fake
 import pytest
 
-from suite import cli, experiments
+from suite import cli, experiments, measuring
 from suite.report import rotations
 from suite.store import Store
 
@@ -106,7 +106,7 @@ def test_nothing_measured_gives_no_table(tmp_path):
 
 
 def test_the_command_writes_the_table(tmp_path, toy_folder, monkeypatch, capsys):
-    monkeypatch.setattr(experiments, "Runner", FakeRunner)
+    monkeypatch.setattr(measuring, "Runner", FakeRunner)
     command = ["rotations", str(toy_folder), "--abits", "4", "--seeds", "0,1", "--results", str(tmp_path)]
     sampling = experiments.sampling
     monkeypatch.setattr(experiments, "sampling", lambda embedded, *a: sampling(True, *a))

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
-from suite import calib, checkpoint, experiments, method, models, provenance
+from suite import calib, checkpoint, experiments, measuring, method, models, provenance, variants
 from suite.ablate import studies
 from suite.ablate.plan import CALIBRATION, Experiment, Row
 from suite.errors import PTQError
+from suite.evaluation import Tasks
 from suite.grid import Scheme
 from suite.report import data
 from suite.report.sheets import Line, Repeat, Sheet, Study
@@ -47,7 +48,7 @@ class _Wanted:
     row: Row
     scheme: str
     varied: Any
-    variant: experiments.Variant
+    variant: variants.Variant
     tasks: tuple[str, ...]
     planned: experiments.Planned
     measured: bool = True  # else it is shown only if the store has it
@@ -64,7 +65,7 @@ class _Bench:
     model: str
     source: Any
     config: Mapping[str, Any]
-    tests: experiments.Tasks
+    tests: Tasks
     main: experiments.Planned
     given: Mapping[str, Any]
 
@@ -88,7 +89,7 @@ class _Bench:
 
 
 def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fast: bool = False, seed: int = 0,
-           workers: int | None = None, progress: experiments.Progress | None = None,
+           workers: int | None = None, progress: measuring.Progress | None = None,
            runner: Callable[..., Any] | None = None, revision: str | None = None, whole: bool = True,
            announce: Callable[[str], None] | None = None, **given: Any) -> Ablated:
     """Runs experiments on models, reusing what the store has.
@@ -149,7 +150,7 @@ def ablate(names: Sequence[str], wanted: Sequence[Experiment], *, root: Any, fas
 def _do(jobs: Sequence[Any], workers: int | None, progress: Any, runner: Any) -> int:
     """Largest jobs first, so that workers end together; a list of jobs is worked off from its end."""
     ordered = sorted(jobs, key=_weight)
-    experiments.run(ordered, workers, progress, runner)
+    measuring.run(ordered, workers, progress, runner)
     return sum(len(getattr(job, "missing", (1,))) for job in jobs)
 
 
@@ -186,12 +187,12 @@ def _variants(bench: _Bench, wanted: Sequence[Experiment], store: Store) -> list
                     sampling = {**bench.cut(experiment), **sampling}
                     given = _method(bench, row.method, scheme, options)
                     group = groups.setdefault(digest([scheme, sampling]), (dict(scheme), sampling, {}))
-                    key = experiments.label(given) if not isinstance(given, str) else given
+                    key = variants.label(given) if not isinstance(given, str) else given
                     group[2].setdefault(key, given)
                     varied = None if row.repeat is None else {**options, **sampling}.get(row.repeat[0])
                     group_key, told = digest([scheme, sampling]), str(Scheme.of(**scheme))
                     places.append((experiment, row, group_key, key, varied, told, measured))
-    planned: dict[str, tuple[experiments.Planned, dict[str, experiments.Variant]]] = {}
+    planned: dict[str, tuple[experiments.Planned, dict[str, variants.Variant]]] = {}
     for name, (scheme, sampling, methods) in groups.items():
         arguments = {**bench.given, **_sampling(bench, sampling)}
         found = experiments.plan(bench.model, list(methods.values()), store=store, options=scheme, tests=bench.tests,
@@ -225,11 +226,11 @@ def _sampling(bench: _Bench, sampling: Mapping[str, int]) -> dict[str, int]:
     """Calibration of a row; of a fast run never more sequences than that has."""
     found = {key: sampling[key] for key in CALIBRATION if key in sampling}
     if bench.given.get("fast") and "nsamples" in found:
-        found["nsamples"] = max(2, found["nsamples"] * experiments.FAST_SAMPLES // calib.usual_size(calib.EMBEDDED)[0])
+        found["nsamples"] = max(2, found["nsamples"] * variants.FAST_SAMPLES // calib.usual_size(calib.EMBEDDED)[0])
     return found
 
 
-def _main_jobs(bench: _Bench, rows: Sequence[_Wanted], whole: bool) -> dict[str, experiments.Job]:
+def _main_jobs(bench: _Bench, rows: Sequence[_Wanted], whole: bool) -> dict[str, measuring.Job]:
     """What the main table lacks: all of it, or only what the experiments show, and full precision."""
     shown: dict[str, set[str]] = {digest(bench.main.quantization(bench.main.variants[0])): set()}
     for one in rows:
@@ -248,7 +249,7 @@ def _main_jobs(bench: _Bench, rows: Sequence[_Wanted], whole: bool) -> dict[str,
     return found
 
 
-def _job(one: _Wanted, missing: Sequence[str], store: Store) -> experiments.Job | None:
+def _job(one: _Wanted, missing: Sequence[str], store: Store) -> measuring.Job | None:
     """What is left to do of a variant, only the tasks that its row asks for."""
     found = next((job for job in one.planned.jobs if job.variant is one.variant), None)
     if found is None or (not missing and not found.unquantized):
@@ -292,7 +293,7 @@ def implied(wanted: Mapping[str, Any], done: Mapping[str, Any], layers: Sequence
     return True
 
 
-def _imply(job: experiments.Job, one: _Wanted, store: Store, wide: Sequence[Record]) -> tuple[str, ...]:
+def _imply(job: measuring.Job, one: _Wanted, store: Store, wide: Sequence[Record]) -> tuple[str, ...]:
     """Stores the records that follow from another hybrid's, if one of `wide` is wide enough; returns the tasks that still
     have to be measured."""
     identity = one.planned.quantization(one.variant)
@@ -361,14 +362,14 @@ def _study(bench: _Bench, experiment: Experiment, scheme: Mapping[str, Any], sto
         options["accuracy"] = bench.accuracy
     setting, given = bench.main.outcome.setting, bench.given
     embedded = bench.source.kind == "embedded"
-    sampling = experiments.sampling(embedded, bench.config, given.get("calib_source"), given.get("nsamples"),
+    sampling = variants.sampling(embedded, bench.config, given.get("calib_source"), given.get("nsamples"),
                                     given.get("seqlen"), given["seed"], given["fast"])
     used = replace(sampling, nsamples=min(sampling.nsamples, options.get("sequences", sampling.nsamples)))
     calibration = calib.load(used.source, checkpoint.load_tokenizer(bench.source.folder), used.nsamples, used.seqlen,
                              used.seed)
     task = bench.tasks("wiki")[0]
     identity = {"kind": "study", "study": experiment.study, "version": studies.STUDY, "model": dict(setting.model),
-                "options": options, "scheme": str(Scheme.of(**scheme)), "calibration": experiments.told(calibration),
+                "options": options, "scheme": str(Scheme.of(**scheme)), "calibration": variants.told(calibration),
                 "dtype": setting.dtype, "numerics": setting.numerics, "libraries": dict(setting.libraries),
                 "task": bench.tests.identity(task),
                 "accuracy": bench.tests.identity(options["accuracy"]) if options.get("accuracy") else None}

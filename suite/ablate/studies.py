@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from suite import arch, calib, experiments, models, provenance, windows
+from suite import arch, calib, evaluation, measuring, models, provenance, variants, windows
 from suite.ablate.probe import Probe
 from suite.grid import Scheme
 from suite.method import LayerEdit, build
@@ -30,7 +30,7 @@ STUDY = 1  # to be raised by every change of a study that changes its results
 
 @dataclass(frozen=True, eq=False)
 class StudyJob:
-    """One study of one model; the same interface as `suite.experiments.Job`, so that both share the workers.
+    """One study of one model; the same interface as `suite.measuring.Job`, so that both share the workers.
 
     identity: what the record is found by; task: the window task whose text is the test text; limit: of its windows.
     """
@@ -42,7 +42,7 @@ class StudyJob:
     revision: str | None
     dtype: str
     device: str
-    sampling: experiments.Sampling
+    sampling: variants.Sampling
     task: str
     limit: int | None
     threads: int | None
@@ -56,7 +56,7 @@ class StudyJob:
     def do(self, runner: Any, loaded: Any, tell: Tell) -> None:
         """Runs the study and stores its record."""
         tests = loaded.tests(self)
-        with experiments.threads_(self.threads), torch.no_grad():
+        with measuring.threads_(self.threads), torch.no_grad():
             found = models.load(self.model, dtype=self.dtype, device=self.device, revision=self.revision)
             with provenance.Meter() as meter:
                 result = run(self, found, tests, lambda share, text: tell(min(19, int(20 * share)), text))
@@ -67,7 +67,7 @@ class StudyJob:
         tell(self.steps, self.study)
 
 
-def run(job: StudyJob, found: models.Loaded, tests: experiments.Tasks, tell: Callable[[float, str], None]) -> dict:
+def run(job: StudyJob, found: models.Loaded, tests: evaluation.Tasks, tell: Callable[[float, str], None]) -> dict:
     options = dict(job.options)
     sampling = job.sampling
     nsamples = min(sampling.nsamples, options.pop("sequences", sampling.nsamples))
@@ -221,7 +221,7 @@ class _Accuracy:
         from suite.adapter import PTQ
 
         limit = min(filter(None, (documents, context.job.limit)), default=None)
-        self._task, self._tests = task, experiments.Tasks([task], limit)
+        self._task, self._tests = task, evaluation.Tasks([task], limit)
         self._model = context.loaded.model
         self._harness = PTQ(self._model, tokenizer=context.loaded.tokenizer)
 
@@ -231,8 +231,8 @@ class _Accuracy:
             for key, value in edit.params.items():
                 kept[key] = layer.get_parameter(key)
                 _set(layer, key, nn.Parameter(value, requires_grad=False))
-            found = experiments.outcome_of(self._task,
-                                           experiments.evaluate_quietly(self._harness, self._tests, self._task))
+            found = evaluation.outcome_of(self._task,
+                                           evaluation.evaluate_quietly(self._harness, self._tests, self._task))
             return found["metrics"][found["headline"]]["value"]
         finally:
             for key, value in kept.items():
