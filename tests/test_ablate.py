@@ -367,6 +367,21 @@ def test_swaps_change_one_layer(probe, requantize):
     assert all(abs(swap["perplexity"] - found["perplexity"]) > 0 for swap in last["swaps"].values())
 
 
+def test_swaps_choose_on_the_tokens_that_the_hybrid_scores_on(probe):
+    """Methods see all of the calibration text, scores a part: with another part it would be another hybrid."""
+    pool, data = ("rtn", "smoothquant"), replace(probe.calibration, batch_tokens=32)
+    laid_out = Probe(again(probe), data, probe.test.tokens)
+    records = walk.quantize_model(method.build("cka-hybrid", pool=pool, wbits=3, score_tokens=1), again(probe), data)
+    expected = [abs(record["candidates"]["rtn"]["cka"] - record["candidates"]["smoothquant"]["cka"]) for record in records]
+
+    def added(score_tokens):
+        found = studies.swaps(laid_out, Scheme.of(wbits=3), Context, pool, score_tokens=score_tokens)
+        return [swap["distance"] for layer in found["layers"] for swap in layer["swaps"].values()]
+
+    assert added(1) == pytest.approx(expected, rel=1e-3)
+    assert added(128) != pytest.approx(expected, rel=1e-2)
+
+
 def test_damage_grows_with_its_size_and_leaves_the_model_alone(probe):
     before = {key: value.clone() for key, value in probe.model.state_dict().items()}
     found = studies.degradation(probe, Scheme(), Context, bits=(6, 2), noise=(0.1, 1.0))

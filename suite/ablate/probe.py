@@ -61,9 +61,10 @@ class Probe:
         self.calib, self.test = Side(model, calibration.tokens), Side(model, windows)
         self.layers = len(self.calib.views)
 
-    def distances(self, layer: int) -> Any:
-        """The metrics of outputs of a layer against the unquantized ones, on the calibration text."""
-        return distances(self.calib.states[layer + 1])
+    def distances(self, layer: int, first: int | None = None) -> Any:
+        """The metrics of outputs of a layer against the unquantized ones, on the first sequences of the calibration text, or
+        all."""
+        return distances(self.calib.states[layer + 1][:first])
 
     def perplexity(self, nll: Sequence[float]) -> float:
         windows, size = self.test.tokens.shape

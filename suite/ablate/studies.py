@@ -22,7 +22,7 @@ from suite.grid import Scheme
 from suite.method import LayerEdit, build
 from suite.metrics import distances
 from suite.store import Record, Store, significant
-from suite.walk import quantize_model
+from suite.walk import REFERENCE_TOKENS, quantize_model
 
 Tell = Callable[[int, str], None]
 STUDY = 1  # to be raised by every change of a study that changes its results
@@ -125,20 +125,23 @@ def exhaustive(probe: Probe, scheme: Scheme, context: Any, pool: Sequence[str]) 
 # ---------------------------------------------------------------------------------------------- single swaps
 
 
-def swaps(probe: Probe, scheme: Scheme, context: Any, pool: Sequence[str], requantize: bool = True) -> dict[str, Any]:
+def swaps(probe: Probe, scheme: Scheme, context: Any, pool: Sequence[str], requantize: bool = True,
+          score_tokens: int = REFERENCE_TOKENS) -> dict[str, Any]:
     """The greedy hybrid with the choice of one layer changed at a time: its loss on the test windows.
 
     requantize: quantize the layers behind the change again, by their own choices, on what then reaches them; without,
-    they keep the weights they had.
+    they keep the weights they had. score_tokens: on which the choice is made, the hybrid's own: where two methods lie close,
+    other tokens choose otherwise, and another model than the hybrid would be exchanged in.
     """
+    first = probe.calibration.sequences(score_tokens)
     rules = {name: build(name, **scheme.options).plan(probe.model, probe.calibration) for name in pool}
     hidden, test = probe.calib.states[0], probe.test.states[0]
     before, names, edits, others = [], [], [], []
     for i in range(probe.layers):
-        view, measure, scores, made = probe.calib.view(i, hidden), probe.distances(i), {}, {}
+        view, measure, scores, made = probe.calib.view(i, hidden), probe.distances(i, first), {}, {}
         for name in pool:
             made[name] = rules[name][i].quantize(view)
-            scores[name] = measure(view.after(made[name]).outputs())
+            scores[name] = measure(view.after(made[name]).outputs()[:first])
         names.append(min(scores, key=lambda name: scores[name]["cka"]))
         before.append((hidden, test))
         edits.append(made[names[-1]])
