@@ -16,6 +16,7 @@ from suite import baseline as references
 from suite import calib, checkpoints, experiments, measuring, method, models
 from suite.baseline import Baseline, Entry, Run
 from suite.errors import PTQError, unknown
+from suite.measuring import Progress
 from suite.provenance import code, version
 from suite.report.comparison import Comparison, Match, judge
 from suite.report.data import Score
@@ -27,7 +28,6 @@ NOISE = "noise"
 OTHER_BATCH = {"batch_size": 4, "batch_tokens": 2048}  # of evaluation and calibration, in the repeat with other batches
 
 Floors = Mapping[tuple[str, str], float | None]  # (label, task) -> units of the score
-Progress = Callable[[int, int, str], None]
 Announce = Callable[[str], None]
 
 

@@ -230,14 +230,14 @@ class Hybrid:
                   ) -> list[Assigned]:
         """The assignment is found before anything is written; its layers are then quantized like any other's."""
         edits: dict[tuple[int, str, str], LayerEdit] = {}  # what a refinement needs of the greedy search before it
-        kept = {name: [Keeping(rule, name, edits) for rule in plan] for name, plan in plans.items()}
         if self.search == "beam":
             found = beam(model, calib, plans, self.metric, self.width, self.score_tokens, lens)
             names = [(name,) for name in found.names]
             notes = [{"candidates": scores, "margin": _margin(scores, name, self.metric)}
                      for name, scores in zip(found.names, found.scores, strict=True)]
-        else:
-            names, notes = self._rehearsed(model, calib, kept if self.refine != "none" else plans, lens)
+        else:  # greedy, and refined: without that nothing has to be searched before
+            kept = {name: [Keeping(rule, name, edits) for rule in plan] for name, plan in plans.items()}
+            names, notes = self._rehearsed(model, calib, kept, lens)
         if self.refine != "none":
             first = names
             names, note = Refinement(model, calib, plans, self.refine, edits).run(first)

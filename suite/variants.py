@@ -85,7 +85,7 @@ def libraries(packages: Iterable[str]) -> dict[str, str | None]:
 
 
 def build_all(methods: Sequence[Any], options: Mapping[str, Any], mode: str, own: Mapping[str, Mapping[str, Any]]
-           ) -> list[tuple[str, Any, method.Native | None]]:
+              ) -> list[tuple[str, Any, method.Native | None]]:
     """(label, configured method, its published setting or None) of each; all mistakes are reported at once.
 
     own: options by name of method, for methods that are given by name.
@@ -140,7 +140,7 @@ def bits_of(options: Mapping[str, Any]) -> str:
 
 
 def sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsamples: int | None, seqlen: int | None,
-              seed: int, fast: bool) -> Sampling:
+             seed: int, fast: bool) -> Sampling:
     """The matched mode's calibration set: 64 x 512 embedded tokens, or 128 x 2048 of WikiText-2's training text."""
     source = source or (calib.EMBEDDED if embedded else "wikitext2")
     count, length = calib.usual_size(source)
@@ -149,8 +149,8 @@ def sampling(embedded: bool, config: Mapping[str, Any], source: str | None, nsam
 
 
 def variants_of(built: Sequence[tuple[str, Any, method.Native | None]], options: Mapping[str, Any], kvbits: int,
-              mode: str, matched: Sampling, source: str | None, embedded: bool, tokenizer: Any,
-              batch_tokens: int = calib.BATCH_TOKENS) -> list[Variant]:
+                mode: str, matched: Sampling, source: str | None, embedded: bool, tokenizer: Any,
+                batch_tokens: int = calib.BATCH_TOKENS) -> list[Variant]:
     loaded: dict[Sampling, calib.Calibration] = {}
     variants = []
     for name, configured, published in built:
