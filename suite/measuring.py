@@ -31,7 +31,7 @@ Progress = Callable[[int, int, str], None]
 
 def run(jobs: Sequence[Job], workers: int | None = 1, progress: Progress | None = None,
         runner: Callable[..., Any] | None = None, devices: Sequence[str] = ()) -> None:
-    """Does all jobs, of one grid or of several. workers, runner, devices: see `reproduce`."""
+    """Does all jobs, of one grid or of several. workers, runner, devices: see `suite.experiments.reproduce`."""
     if not jobs:
         return
     if len(devices) > 1:
@@ -259,16 +259,14 @@ class Runner:
 
     def quantize(self, progress: Progress | None = None) -> dict[str, Any]:
         """Quantizes the model in place: {"layers", "bits", "seconds", "peak_memory_mib", "fingerprint"}."""
-        from suite.walk import quantize_model
+        from suite.walk import quantize_model, totals
 
         variant = self._variant
         with Meter() as meter:
             kv.set_(self._loaded.model, variant.kvbits)
             layers = quantize_model(variant.method, self._loaded.model, variant.diagnosed_on, progress,
                                     diagnostics=True, inputs=variant.inputs)
-        weights = sum(layer["weights"] for layer in layers)
-        return {"layers": layers, "bits": sum(layer["bits"] * layer["weights"] for layer in layers) / weights,
-                "seconds": sum(layer["seconds"] for layer in layers), "peak_memory_mib": meter.told["peak_memory_mib"],
+        return {"layers": layers, **totals(layers), "peak_memory_mib": meter.told["peak_memory_mib"],
                 "fingerprint": models.fingerprint(self._loaded.model), **self._origin}
 
     @property

@@ -6,7 +6,7 @@ import json
 
 import click
 
-from suite.cli.options import PLUGIN, TRUST, WHOLE, options
+from suite.cli.options import PLUGIN, REVISION, TRUST, WHOLE, options
 from suite.cli.program import choose_threads, commands, note
 
 
@@ -15,7 +15,7 @@ from suite.cli.program import choose_threads, commands, note
 @click.option("--text", required=True, type=click.Path(), help="A text file.")
 @click.option("--window", type=int, help="Tokens per window.  [as many as the model takes, up to 2048]")
 @click.option("--max-tokens", type=WHOLE, help="Use only so many tokens of the text.  [all]")
-@click.option("--revision", help="Of a model of the hub.")
+@REVISION
 @options(TRUST)
 @click.option("--json", "as_json", is_flag=True, help="One line of JSON on stdout, and nothing else there.")
 def ppl(model, text, window, max_tokens, revision, as_json):

@@ -17,6 +17,7 @@ from suite.cli.options import (
     REPORTS,
     SCHEME,
     Words,
+    arguments_of,
     options,
     rows_of,
     set_of,
@@ -131,16 +132,6 @@ def _refuse(context, with_: str, allowed: set[str]) -> None:
             raise PTQError(f"{option} has no effect with {with_}, which holds it: leave it out")
 
 
-def _measuring(given: dict) -> dict:
-    """The arguments of `experiments.reproduce` that options of the command line stand for."""
-    from suite.store import Store
-
-    scheme = {key: given[key] for key in ("wbits", "abits", "group_size") if given[key] is not None}
-    same = ("nsamples", "seqlen", "seed", "mode", "fast", "limit", "revision", "workers")
-    return dict(store=Store(given["results"]), options=scheme, kvbits=int(given["kvbits"]), calib_source=given["calib"],
-                **{key: given[key] for key in same})
-
-
 def _against_methods(comparing, method, against, model, rules, given):
     from suite.method import build, lookup
     from suite.progress import Progress
@@ -153,7 +144,7 @@ def _against_methods(comparing, method, against, model, rules, given):
             raise PTQError(f"{what} is missing: e.g. {example}; or give --against-baseline")
     if len(model) > 1:
         raise PTQError(f"--model has {len(model)} models: compare on one at a time")
-    arguments = _measuring(given)
+    arguments = arguments_of(given)
     candidate = method
     if given["extra"]:
         if not method:
@@ -233,7 +224,7 @@ def save(name, model, methods, out, **given):
 
     if out is None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise PTQError(f"baseline name {name!r}: allowed are letters, digits, and . _ - after the first")
-    arguments = _measuring(given)
+    arguments = arguments_of(given)
     path = out or arguments["store"].root / references.FOLDER / f"{name}.json"
     with Progress(f"baseline {name}") as progress:
         frozen = comparing.freeze(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -32,52 +34,54 @@ class Choice(click.ParamType):
         return value
 
 
-class Words(click.ParamType):
+class Several(click.ParamType):
+    """A tuple read from one word; what is one already stays, since click converts more than once."""
+
+    def convert(self, value, param, ctx):
+        return value if isinstance(value, tuple) else self.read(value, param.opts[0])
+
+    def read(self, word: str, option: str) -> tuple[str, ...]:
+        raise NotImplementedError
+
+
+class Words(Several):
     """Names separated by commas, none twice."""
 
     name = "a,b,..."
 
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        words = tuple(word for word in (part.strip() for part in value.split(",")) if word)
+    def read(self, word, option):
+        words = tuple(part.strip() for part in word.split(",") if part.strip())
         if not words:
-            raise PTQError(f"{param.opts[0]} is empty: give names separated by commas")
+            raise PTQError(f"{option} is empty: give names separated by commas")
         twice = sorted({word for word in words if words.count(word) > 1})
         if twice:
-            raise PTQError(f"{param.opts[0]} has {', '.join(twice)} twice")
+            raise PTQError(f"{option} has {', '.join(twice)} twice")
         return words
 
 
-class Pair(click.ParamType):
+class Pair(Several):
     """key=value."""
 
     name = "key=value"
 
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        key, equals, text = value.partition("=")
-        if not equals or not key or not text:
+    def read(self, word, option):
+        key, _, text = word.partition("=")
+        if not key or not text:
             raise PTQError(
-                f"{param.opts[0]} {value!r} is no option of a method: write {param.opts[0]} key=value, "
-                f"e.g. {param.opts[0]} damp=0.05"
+                f"{option} {word!r} is no option of a method: write {option} key=value, e.g. {option} damp=0.05"
             )
         return key.replace("-", "_"), text
 
 
-class Row(click.ParamType):
+class Row(Several):
     """LABEL=FOLDER, a checkpoint as a row of a table."""
 
     name = "label=folder"
 
-    def convert(self, value, param, ctx):
-        if isinstance(value, tuple):
-            return value
-        label, equals, folder = value.partition("=")
+    def read(self, word, option):
+        label, _, folder = word.partition("=")
         if not label or not folder:
-            option = param.opts[0]
-            raise PTQError(f"{option} {value!r}: write {option} LABEL=FOLDER, e.g. {option} theirs=/tmp/theirs")
+            raise PTQError(f"{option} {word!r}: write {option} LABEL=FOLDER, e.g. {option} theirs=/tmp/theirs")
         return label, folder
 
 
@@ -178,13 +182,21 @@ REPORTS = (
     click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout, and nothing else there."),
     click.option("--junit", type=click.Path(path_type=Path, dir_okay=False), help="Write a JUnit file too."),
 )
+STORE = click.option(
+    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
+)
+LOOK = click.option(
+    "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
+)
+REVISION = click.option("--revision", help="Of a model of the hub.")
+WORKERS = click.option(
+    "--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]"
+)
 MEASURING = (
     click.option("--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [as `ptq reproduce`]"),
     click.option("--fast", is_flag=True, help="64 documents or windows of each task, 16 calibration sequences."),
     click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task."),
-    click.option(
-        "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
-    ),
+    STORE,
     click.option(
         "--repeats",
         type=click.IntRange(min=0),
@@ -192,8 +204,8 @@ MEASURING = (
         show_default=True,
         help="Further calibration seeds for the noise floor; 0: it is not measured.",
     ),
-    click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]"),
-    click.option("--revision", help="Of a model of the hub."),
+    WORKERS,
+    REVISION,
     *TRUST,
 )
 
@@ -223,3 +235,21 @@ def options(*groups):
         return function
 
     return decorate
+
+
+# ------------------------------------------------------------------------------------------ what they stand for
+
+
+def only_given(**options: Any) -> dict[str, Any]:
+    """Those options that were given, so that all others keep the defaults of where they go."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def arguments_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of `experiments.reproduce` that a command's SCHEME, CALIBRATION and run options stand for."""
+    from suite.store import Store
+
+    same = ("nsamples", "seqlen", "seed", "mode", "fast", "limit", "revision", "workers")
+    return dict(store=Store(given["results"]), kvbits=int(given["kvbits"]), calib_source=given["calib"],
+                options=only_given(**{name: given[name] for name in ("wbits", "abits", "group_size")}),
+                **{name: given[name] for name in same})

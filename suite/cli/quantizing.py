@@ -8,7 +8,20 @@ from pathlib import Path
 
 import click
 
-from suite.cli.options import CALIBRATION, MEMORY, PLUGIN, SCHEME, TRUST, WHOLE, Choice, Words, options, set_of
+from suite.cli.options import (
+    CALIBRATION,
+    MEMORY,
+    PLUGIN,
+    REVISION,
+    SCHEME,
+    TRUST,
+    WHOLE,
+    Choice,
+    Words,
+    only_given,
+    options,
+    set_of,
+)
 from suite.cli.program import choose_threads, commands, note
 from suite.errors import PTQError
 from suite.paths import RESULTS
@@ -27,7 +40,7 @@ from suite.paths import RESULTS
 @click.option("--block", type=WHOLE, help="cka-hybrid: layers that share a choice.  [1]")
 @click.option("--rotation", help="spinquant: learned, random-hadamard, hadamard, random or none.  [learned]")
 @click.option("--variant", help="spinquant: no_had, or had for Hadamard transforms at run time too.  [no_had]")
-@click.option("--revision", help="Of a model of the hub.")
+@REVISION
 @options(TRUST)
 @options(MEMORY)
 @click.option("--devices", type=Words(), help="cka-hybrid: GPUs that try its candidates side by side: all, or cuda:0,cuda:1.")
@@ -82,17 +95,8 @@ def quantize(
       ptq quantize --model tiny-llama-s --method awq --out /tmp/awq --export /tmp/awq-packed
       ptq quantize --model llama-3.2-1b --method cka-hybrid --devices all --out /tmp/hybrid
     """
-    given = {
-        "wbits": wbits,
-        "abits": abits,
-        "group_size": group_size,
-        "metric": metric,
-        "pool": pool,
-        "block": block,
-        "rotation": rotation,
-        "variant": variant,
-    }
-    chosen = {key: value for key, value in given.items() if value is not None}
+    chosen = only_given(wbits=wbits, abits=abits, group_size=group_size, metric=metric, pool=pool, block=block,
+                        rotation=rotation, variant=variant)
     for key, value in extra:
         if key in chosen:
             raise PTQError(f"option {key} is given twice: once with --set is enough")
@@ -189,10 +193,9 @@ def quantize(
     if export_to is not None:
         export.export(out, export_to, overwrite=overwrite, measured=numbers(results, record))
 
-    weights = sum(layer["weights"] for layer in layers)
-    bits = sum(layer["bits"] * layer["weights"] for layer in layers) / weights
-    seconds = sum(layer["seconds"] for layer in layers)
-    click.echo(f"{loaded.name}: {method}, {configured.scheme}, {bits:.3f} bits per weight with scales, {seconds:.1f} s")
+    told = walk.totals(layers)
+    click.echo(f"{loaded.name}: {method}, {configured.scheme}, {told['bits']:.3f} bits per weight with scales, "
+               f"{told['seconds']:.1f} s")
     if any("chosen" in layer for layer in layers):
         click.echo("chosen per layer: " + " ".join(layer["chosen"] for layer in layers))
     click.echo("\n".join(str(path) for path in (out, export_to) if path is not None))
@@ -220,7 +223,7 @@ def planned_quantization(source, configured, mode, calib, nsamples, seqlen, out,
 @click.argument("model")
 @click.option("--method", metavar="METHOD", default="cka-hybrid", show_default=True, help="As for `ptq quantize`.")
 @options(SCHEME, CALIBRATION, PLUGIN)
-@click.option("--revision", help="Of a model of the hub.")
+@REVISION
 @options(TRUST)
 @options(MEMORY)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("."), help="Folder whose disk will be used.  [.]")
@@ -241,8 +244,7 @@ def plan(model, method, wbits, abits, group_size, kvbits, calib, nsamples, seqle
     from suite import models
     from suite.method import build
 
-    given = {"wbits": wbits, "abits": abits, "group_size": group_size}
-    configured = build(method, **{key: value for key, value in given.items() if value is not None})
+    configured = build(method, **only_given(wbits=wbits, abits=abits, group_size=group_size))
     source = models.resolve(model, revision)
     if source.kind == "quantized":
         raise PTQError(f"model {model!r} is quantized already: give a full-precision model")

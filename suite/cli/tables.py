@@ -10,18 +10,23 @@ from suite.cli.options import (
     CALIBRATION,
     CHECKPOINTS,
     CODE,
+    LOOK,
     PLUGIN,
+    REVISION,
     SCHEME,
+    STORE,
     TRUST,
     WHOLE,
+    WORKERS,
     Choice,
     Words,
+    arguments_of,
+    only_given,
     options,
     rows_of,
 )
 from suite.cli.program import commands, note
 from suite.errors import PTQError, unknown
-from suite.paths import RESULTS
 
 
 @commands.command()
@@ -32,9 +37,7 @@ from suite.paths import RESULTS
 @click.option(
     "--tasks", type=Words(), help="Names of `ptq ls tasks`, or lm-eval's own.  [the embedded world's, or the paper's]"
 )
-@click.option(
-    "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
-)
+@LOOK
 @options(SCHEME, CALIBRATION, PLUGIN)
 @click.option(
     "--severities",
@@ -42,16 +45,14 @@ from suite.paths import RESULTS
     metavar="S,S,...",
     help="Instead of the main table: perplexity with planted outliers of these severities, as a figure.",
 )
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
-)
-@click.option("--revision", help="Of a model of the hub.")
+@STORE
+@REVISION
 @options(TRUST)
 @click.option("--limit", type=WHOLE, help="Only so many documents or windows of each task.  [all; --fast: 64]")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder with local copies of the hub's data sets.")
 @CODE
 @click.option("--fresh", is_flag=True, help="Measure again what is there already.")
-@click.option("--workers", type=WHOLE, help="Variants measured at the same time.  [one a core; 1 for a large model]")
+@WORKERS
 @click.option("--devices", type=Words(), help="GPUs that measure variants side by side: all, or cuda:0,cuda:1.  [one]")
 @click.option(
     "--allow-eval-calibration",
@@ -59,32 +60,8 @@ from suite.paths import RESULTS
     help="Allow calibration on the text that is evaluated; such numbers are marked.",
 )
 @options(CHECKPOINTS)
-def reproduce(
-    model,
-    methods,
-    tasks,
-    fast,
-    wbits,
-    abits,
-    group_size,
-    kvbits,
-    calib,
-    nsamples,
-    seqlen,
-    seed,
-    mode,
-    severities,
-    results,
-    revision,
-    limit,
-    data_dir,
-    allow_code_execution,
-    fresh,
-    workers,
-    devices,
-    allow_eval_calibration,
-    checkpoints,
-):
+def reproduce(model, methods, tasks, severities, data_dir, allow_code_execution, fresh, devices, allow_eval_calibration,
+              checkpoints, **given):
     """Compare methods on a model: quantize, evaluate through lm-eval, write tables and plots.
 
     Only what is missing in the results folder is computed; after an interruption the same command continues.
@@ -102,15 +79,9 @@ def reproduce(
       ptq reproduce tiny-llama-s --methods fp16,gptq --checkpoint theirs=/tmp/theirs
     """
     steps = [_severity(word) for word in severities or ()]
-    scheme = {
-        key: value
-        for key, value in {"wbits": wbits, "abits": abits, "group_size": group_size}.items()
-        if value is not None
-    }
 
     from suite import experiments, hub, models, report
     from suite.progress import Progress
-    from suite.store import Store
 
     hub.use_data_dir(data_dir)
     rows = rows_of(checkpoints)
@@ -120,33 +91,22 @@ def reproduce(
         if steps:
             raise PTQError("--checkpoint has no effect with --severities, which makes other models: leave one out")
         others.check(model, rows)
-    store = Store(results)
-    given = dict(
-        store=store,
-        options=scheme,
-        kvbits=int(kvbits),
-        mode=mode,
-        calib_source=calib,
-        nsamples=nsamples,
-        seqlen=seqlen,
-        seed=seed,
-        fast=fast,
-        limit=limit,
+    arguments = dict(
+        arguments_of(given),
         allow_code_execution=allow_code_execution,
         announce=note,
         allow_eval_calibration=allow_eval_calibration,
         fresh=fresh,
-        revision=revision,
-        workers=workers,
         devices=[str(one) for one in models.devices_of(devices)] if devices else (),
     )
+    store = arguments["store"]
     with Progress(model) as progress:
         if steps:
             outcomes = experiments.severity_sweep(
-                model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **given
+                model, steps, methods, tasks or ("world_wiki_ppl",), progress=progress, **arguments
             )
         else:
-            outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **given)]
+            outcomes = [experiments.reproduce(model, methods, tasks, progress=progress, **arguments)]
             if rows:
                 outcomes = [others.measure(store, outcomes[0], model, rows, fresh, allow_code_execution)]
     for outcome in outcomes:
@@ -158,9 +118,12 @@ def reproduce(
     for task in plain.tasks if steps else ():
         for path in report.severity_figure(store, plain.setting, task, plain.methods):
             click.echo(f"  {path}")
-    click.echo(
-        f"{sum(o.measured for o in outcomes)} results measured, {sum(o.found for o in outcomes)} found in {results}"
-    )
+    _tell_counts(outcomes, given["results"])
+
+
+def _tell_counts(outcomes, results) -> None:
+    measured, found = sum(outcome.measured for outcome in outcomes), sum(outcome.found for outcome in outcomes)
+    click.echo(f"{measured} results measured, {found} found in {results}")
 
 
 def _severity(word: str) -> float:
@@ -175,9 +138,7 @@ def _severity(word: str) -> float:
 
 @commands.command()
 @click.argument("model")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
-)
+@STORE
 def report(model, results):
     """Write the tables and plots of a model again, from the results folder alone.
 
@@ -209,17 +170,13 @@ def report(model, results):
 @commands.command()
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--experiments", type=Words(), help="Names of `ptq ls experiments`, or YAML files.  [all]")
-@click.option(
-    "--fast", is_flag=True, help="A first look: 64 documents or windows of each task, 16 calibration sequences."
-)
+@LOOK
 @click.option("--tasks", type=Words(), help="Those that the experiments' words stand for.  [as in reproduce]")
 @CODE
 @options(CALIBRATION[:-1])
 @click.option("--workers", type=WHOLE, help="Measured at the same time.  [one a core; 1 for a large model]")
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
-)
-@click.option("--revision", help="Of a model of the hub.")
+@STORE
+@REVISION
 @options(TRUST)
 def ablate(
     models, experiments, fast, tasks, allow_code_execution, calib, nsamples, seqlen, seed, workers, results, revision
@@ -281,9 +238,7 @@ def ablate(
 @click.option("--scale-gradient", is_flag=True, default=None, help="Gradients reach the scale of a token, too.")
 @click.option("--workers", type=WHOLE, default=1, show_default=True, help="Variants measured at the same time.")
 @options(TRUST)
-@click.option(
-    "--results", type=click.Path(path_type=Path), default=RESULTS, show_default=True, help="The results folder."
-)
+@STORE
 def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learning_rate, scale_gradient, workers,
               results):
     """Measure whether learning SpinQuant's rotations helps, and write the table spinquant.md.
@@ -308,8 +263,7 @@ def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learn
     from suite.store import Store
 
     store, bits, numbers = Store(results, reports.SHELF), [int(word) for word in abits], [int(word) for word in seeds]
-    learning = {"steps": steps, "batch": batch, "learning_rate": learning_rate, "scale_gradient": scale_gradient}
-    learning = {name: value for name, value in learning.items() if value is not None}
+    learning = only_given(steps=steps, batch=batch, learning_rate=learning_rate, scale_gradient=scale_gradient)
     announced: list[str] = []
     given = dict(wbits=wbits, variant=variant, nsamples=nsamples, learning=learning, store=store, workers=workers,
                  announce=lambda text: (None if announced else note(text), announced.append(text)))  # once for them all
@@ -320,5 +274,4 @@ def rotations(model, abits, wbits, seeds, variant, nsamples, steps, batch, learn
         if path.suffix == ".md":
             click.echo(path.read_text(encoding="utf-8"))
         click.echo(f"  {path}")
-    measured, found = sum(o.measured for o in outcomes), sum(o.found for o in outcomes)
-    click.echo(f"{measured} results measured, {found} found in {results}")
+    _tell_counts(outcomes, results)
